@@ -1,0 +1,153 @@
+"""Noise scale functions: which member of the ER-SDE family is solved.
+
+A member is chosen by phi(lambda) = lambda * g(lambda), g non-decreasing (Cui et al., arXiv 2309.06169, section 4 and
+appendix A.8), and `eta` turns it continuously, phi_eta = lambda * g^eta: eta = 0 is the probability flow ODE whatever
+g is, eta = 1 the function as published.  The solver needs only log g, so that is what this module computes.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Callable, Mapping, Optional, Union
+
+import torch
+
+from .errors import check_choice
+
+Tensor = torch.Tensor
+
+# Stands for lambda = infinity (sigma = 1 of a flow model) where a user's phi is not defined there.
+_LAMBDA_FAR = 1e12
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """One noise scale function phi(lambda) = lambda * g(lambda).
+
+    Attributes:
+        name: its name in `NOISE_SCALES`, or the name of the user's callable.
+        formula: g as a person would write it.
+        log_g_fn: log g of a float64 tensor of positive, finite lambda.
+        log_g_far: the limit of log g for lambda -> infinity (may be infinite).
+        power: q where g = lambda^q exactly, so that integrals have a closed form; else None.
+        peak: lambda above which g would fall.  g keeps its value at the peak from there on: the family needs g
+            non-decreasing, so that rho = (g(lambda_t) / g(lambda_s))^eta never exceeds 1.
+        sample: whether the function is only known from a user's callable, and so must be checked on each schedule.
+    """
+
+    name: str
+    formula: str
+    log_g_fn: Callable[[Tensor], Tensor]
+    log_g_far: float
+    power: Optional[float] = None
+    peak: float = math.inf
+    sample: bool = False
+
+    def log_g(self, lam) -> Tensor:
+        """log g(lambda), float64, of lambda's shape; lambda = inf gives the limit, lambda = 0 counts as 1e-300."""
+        lam = torch.as_tensor(lam, dtype=torch.float64)
+        inner = lam.clamp(min=1e-300, max=self.peak)
+        if math.isinf(self.peak):
+            inner = torch.where(torch.isinf(lam), torch.full_like(lam, _LAMBDA_FAR), inner)
+        out = torch.as_tensor(self.log_g_fn(inner), dtype=torch.float64)
+        if math.isinf(self.peak):
+            far = torch.full((), self.log_g_far, dtype=torch.float64)
+            out = torch.where(torch.isinf(lam), far, out)
+        return out
+
+    def phi(self, lam, eta: float = 1.0) -> Tensor:
+        """phi_eta(lambda) = lambda * g(lambda)^eta, float64, of lambda's shape."""
+        lam = torch.as_tensor(lam, dtype=torch.float64)
+        return lam * (eta * self.log_g(lam)).exp() if eta else lam.clone()
+
+
+def _power(name: str, formula: str, q: float) -> NoiseScale:
+    far = math.inf if q > 0 else 0.0
+    return NoiseScale(name, formula, lambda lam: q * lam.log() if q else torch.zeros_like(lam), far, power=q)
+
+
+def _log_g_sde_1(lam: Tensor) -> Tensor:
+    return torch.log((-1.0 / lam).exp() + 10.0)
+
+
+def _log_g_sde_4(lam: Tensor) -> Tensor:
+    # log10(1 + y) by log1p: at small lambda the 1 would swallow y.
+    return -0.1 * lam.log() + torch.log(torch.log1p(100.0 * lam ** 1.5) / math.log(10.0))
+
+
+def _log_g_sde_5(lam: Tensor) -> Tensor:
+    # log(exp(a) + 10), written so that it does not overflow where exp(a) does.
+    return torch.logaddexp(lam ** 0.3, torch.full_like(lam, math.log(10.0)))
+
+
+def _peak_sde_4() -> float:
+    """Where lambda^-0.1 log10(1 + 100 lambda^1.5) is largest: the zero of d log g / d log lambda, by bisection."""
+    def slope(lam):
+        y = 100.0 * lam ** 1.5
+        return 1.5 * y / (1.0 + y) / math.log1p(y) - 0.1
+
+    low, high = 1.0, 1e9
+    for _ in range(200):
+        mid = math.sqrt(low * high)
+        low, high = (mid, high) if slope(mid) > 0 else (low, mid)
+    return low
+
+
+NOISE_SCALES: Mapping[str, NoiseScale] = MappingProxyType({
+    scale.name: scale for scale in (
+        _power("ode", "1", 0.0),
+        _power("sde", "lambda", 1.0),
+        NoiseScale("sde_1", "exp(-1/lambda) + 10", _log_g_sde_1, math.log(11.0)),
+        _power("sde_2", "lambda^0.5", 0.5),
+        _power("sde_3", "lambda^1.5", 1.5),
+        NoiseScale("sde_4", "lambda^-0.1 log10(1 + 100 lambda^1.5)", _log_g_sde_4, math.nan, peak=_peak_sde_4()),
+        NoiseScale("sde_5", "exp(lambda^0.3) + 10", _log_g_sde_5, math.inf),
+    )
+})
+"""The functions of the paper's official code (customized_func, func_type 1 to 7) by name."""
+
+
+def from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScale:
+    """A noise scale from a user's phi(lambda) on float64 tensors of any shape; g = phi / lambda.
+
+    Raises:
+        TypeError: phi does not return a tensor of the same shape.
+        ValueError: phi is not positive where it is evaluated (a falling g is found on the schedule, by the weights).
+    """
+    name = getattr(phi, "__name__", type(phi).__name__)
+
+    def log_g(lam: Tensor) -> Tensor:
+        value = phi(lam)
+        if not isinstance(value, Tensor) or value.shape != lam.shape:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"noise_scale {name!r}: phi(lambda) must return a tensor of lambda's shape "
+                            f"{tuple(lam.shape)}, got {got}")
+        value = value.to(torch.float64)
+        positive = lam > 0
+        bad = positive & ~(value > 0)
+        if bad.any():
+            at = lam[bad].flatten()[0].item()
+            raise ValueError(f"noise_scale {name!r}: phi(lambda) must be positive for lambda > 0, got "
+                             f"{value[bad].flatten()[0].item()} at lambda = {at:.6g}")
+        return torch.log(value) - torch.log(lam)
+
+    far = float(log_g(torch.tensor([_LAMBDA_FAR], dtype=torch.float64))[0])
+    return NoiseScale(name, "phi / lambda", log_g, far, sample=True)
+
+
+def get_noise_scale(noise_scale: Union[str, NoiseScale, Callable]) -> NoiseScale:
+    """The `NoiseScale` of a name of `NOISE_SCALES`, of a callable phi(lambda), or itself.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a callable.
+    """
+    if isinstance(noise_scale, NoiseScale):
+        return noise_scale
+    if isinstance(noise_scale, str):
+        return NOISE_SCALES[check_choice("noise_scale", noise_scale, NOISE_SCALES)]
+    if callable(noise_scale):
+        return from_callable(noise_scale)
+    raise TypeError(f"noise_scale must be one of {', '.join(NOISE_SCALES)} or a callable phi(lambda), "
+                    f"got {noise_scale!r}")

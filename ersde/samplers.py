@@ -1,0 +1,148 @@
+"""The samplers: k-diffusion-style functions model, x, sigmas -> x.
+
+    x_t = (sigma_t / sigma_s) rho x_s + alpha_t int + sigma_t sqrt(1 - rho^2) s_noise z,   rho = (g_t / g_s)^eta
+
+with the integral of the denoiser over the step taken exactly for its interpolating polynomial; see `ersde.weights`.
+Reference: Cui et al., "Elucidating the solution space of extended reverse-time SDE for diffusion models", arXiv 2309.06169.
+"""
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Callable, Mapping, Optional, Tuple, Union
+
+import numpy as np
+import torch
+
+from . import hosts
+from .errors import check_bool, check_choice, check_int, check_real
+from .noise import SeededNoise
+from .noise_scale import NoiseScale, get_noise_scale
+from .presets import PRESETS, Preset, get_preset
+from .process import check_sigmas, get_process
+from .solver import run
+from .weights import METHODS, make_plan
+
+Tensor = torch.Tensor
+
+
+@torch.no_grad()
+def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None, *,
+                  eta=1.0, s_noise=1.0, noise_sampler=None, noise_scale="sde_5",
+                  order=3, corrector=True, method="exact", process=None):
+    """Sample with the ER-SDE solver: the member phi(lambda) = lambda g(lambda)^eta of the extended reverse-time SDE.
+
+    Args:
+        model: (x, sigma of shape (batch,), **extra_args) -> D, the denoiser's estimate of x_0, of x's shape.
+        x: the state at sigmas[0], shape (batch, ...), any float dtype; never written to.
+        sigmas: shape (steps + 1,), descending, usually ending in 0; below it x is returned unchanged when shorter than 2.
+            A schedule that rises as a whole is inversion, for eta = 0 or noise_scale "ode" only.
+        extra_args: keyword arguments of every model call; an int "seed" in it seeds the default noise.
+        callback: called each step with {'x', 'i', 'sigma', 'sigma_hat', 'denoised'}.
+        disable: True hides the progress bar.
+        eta: exponent of g, from 0: 0 is the ODE whatever noise_scale is, 1 the function as published.
+        s_noise: factor of the noise's standard deviation, from 0.
+        noise_sampler: (sigma, sigma_next) -> z of x's shape and unit variance; None: `ersde.noise.SeededNoise`.
+        noise_scale: a name of `NOISE_SCALES`, or a callable phi(lambda) on float64 tensors with phi / lambda not falling.
+        order: how many evaluations the step interpolates, 1 to 5 ("paper" and "comfyui": 1 to 3).
+        corrector: whether each evaluation also corrects the step that led to it, at no model call ("exact" only).
+        method: "exact", "paper" (the published formulas, integrals exact) or "comfyui" (with ComfyUI's 200-point sums).
+        process: "ve", "flow", or None: read off the host's model.
+
+    Returns:
+        The state at sigmas[-1], of x's shape, dtype and device.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; names it, its value and what is allowed.
+        FloatingPointError: the model returned NaN or infinity; names the first such step and its sigma.
+    """
+    return _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order,
+                   corrector, method, process, (np.inf, 0.0))
+
+
+@torch.no_grad()
+def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None, callback=None, disable=None, *,
+                  noise_sampler=None, process=None, window: Optional[Tuple[float, float]] = None):
+    """Sample with a preset's settings; `sample_er_sde` says what the arguments are.
+
+    Args:
+        preset: a name of `PRESETS`, or a `Preset`.
+        window: (sigma_start, sigma_end): noise only in steps from sigma_start >= sigma > sigma_end; None: the preset's
+            start and end, as parts of the model's schedule, read off the host's model.
+    """
+    preset = get_preset(preset)
+    if window is None:
+        window = (np.inf, 0.0) if (preset.start, preset.end) == (0.0, 1.0) else \
+            lambda values: hosts.window_sigmas(model, values, preset.start, preset.end)
+    return _sample(model, x, sigmas, extra_args, callback, disable, preset.eta, preset.s_noise, noise_sampler,
+                   preset.noise_scale, preset.order, preset.corrector, preset.method, process, window)
+
+
+def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order, corrector,
+            method, process, window):
+    eta, s_noise = check_real("eta", eta), check_real("s_noise", s_noise)
+    scale = get_noise_scale(noise_scale)
+    check_choice("method", method, METHODS)
+    order = check_int("order", order, 1, METHODS[method])
+    check_bool("corrector", corrector)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if x.ndim == 0:
+        raise ValueError("x must have a batch dimension, got a tensor of shape ()")
+    process = get_process(hosts.read_process(model) if process is None else process)
+    values = check_sigmas(sigmas, process)
+    if len(values) < 2:
+        return x
+    if values[-1] > values[0] and eta != 0 and scale.power != 0:
+        raise ValueError("sigmas that rise (inversion) need the ODE: eta=0 or noise_scale='ode', got "
+                         f"eta={eta} and noise_scale={scale.name!r}")
+    start, end = window(values) if callable(window) else window
+    etas = np.where((values[:-1] <= start) & (values[:-1] > end), eta, 0.0)
+    if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
+        sigmas, values = _offset_first(sigmas, values)
+    plan = make_plan(values, process, scale, etas, s_noise, order, corrector, method)
+    sigmas = torch.as_tensor(sigmas)
+    extra_args = {} if extra_args is None else extra_args
+    if noise_sampler is None:
+        seed = extra_args.get("seed")
+        seeded = SeededNoise(x, seed if isinstance(seed, int) else None)
+        noise = lambda i: seeded(values[i])                                 # noqa: E731
+    else:
+        noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])           # noqa: E731
+    return run(plan, model, x, sigmas, noise, extra_args, callback, disable)
+
+
+def _offset_first(sigmas, values):
+    """The published formulas cannot start at lambda = infinity: ComfyUI starts at the sigma of 0.01 % of the schedule.
+
+    Without a model to ask, that is 1 - 1e-4 (a flow model of shift 1); the host adapter hands over the model's own.
+    """
+    values = values.copy()
+    values[0] = max(1.0 - 1e-4, 0.5 * (1.0 + values[1]))
+    sigmas = torch.as_tensor(sigmas).clone()
+    sigmas[0] = values[0]
+    return sigmas, values
+
+
+def _preset_function(preset: Preset) -> Callable:
+    """`sample_er_sde_<name>`: the preset as a k-diffusion-style function, its settings the defaults of its keywords."""
+    settings = [f.name for f in fields(Preset) if f.name not in ("name", "label", "description")]
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, *, noise_sampler=None, process=None,
+               **changes):
+        return sample_preset(model, x, sigmas, preset.replace(**changes) if changes else preset, extra_args, callback,
+                             disable, noise_sampler=noise_sampler, process=process)
+
+    plain = [p for p in inspect.signature(sample).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    sample.__signature__ = inspect.Signature(
+        plain + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(preset, name))
+                 for name in settings])
+    sample.__name__ = sample.__qualname__ = f"sample_er_sde_{preset.name}"
+    sample.__module__ = __name__
+    sample.__doc__ = (f"{preset.description}\n\n`sample_er_sde` with the settings of the preset {preset.name!r}, any of "
+                      "which a keyword changes.\n`start` and `end` are the stochastic window; see `Preset`.")
+    return sample
+
+
+SAMPLERS: Mapping[str, Callable] = {f"sample_er_sde_{name}": _preset_function(preset) for name, preset in PRESETS.items()}
+"""One k-diffusion-style function per built-in preset, by its name; all of them are attributes of `ersde`."""

@@ -1,0 +1,351 @@
+"""The weights of one ER-SDE step, and the plan of a whole run: everything that depends on the schedule alone.
+
+One exact step of the member phi = lambda g^eta from s to t (design: variation of constants, the exponential integrator
+of the reverse-time SDE) is
+
+    x_t = (sigma_t / sigma_s) rho x_s + alpha_t I + sigma_t sqrt(1 - rho^2) s_noise z,
+    rho = (g(lambda_t) / g(lambda_s))^eta,    I = phi_t int_{lambda_t}^{lambda_s} D(lambda) phi' / phi^2 dlambda.
+
+D is replaced by its Newton polynomial through the nodes tau_0 = tau(lambda_s), tau_1, ... of the last evaluations, with
+N_k(tau) = (tau - tau_0) ... (tau - tau_{k-1}).  Integrating by parts, and writing -N_k(tau_t) as an integral too,
+
+    I = sum_k c_k D[tau_0, ..., tau_k],    c_0 = 1 - phi_t / phi_s,
+    c_k = int_{lambda_t}^{lambda_s} N_k'(tau) (phi_t / phi(lambda) - 1) dtau        (k >= 1).
+
+No term of c_k cancels: by Rolle N_k' has one sign below its nodes, and phi_t / phi - 1 is an expm1 of a difference of
+logarithms.  Only log phi is needed, so nothing overflows, and lambda_s may be infinite (sigma = 1 of a flow model).
+
+The corrector adds the new evaluation at tau_t as one more node, behind the others.  The first k coefficients stay as they
+are, so its change of x_t is the single term alpha_t c_k D[tau_0, ..., tau_{k-1}, tau_t].
+
+All arithmetic is numpy float64 on the CPU.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from .errors import check_choice
+from .noise_scale import NoiseScale
+from .process import Process
+
+MAX_ORDER = 5
+METHODS: Mapping[str, int] = MappingProxyType({"exact": MAX_ORDER, "paper": 3, "comfyui": 3})
+"""Method name -> its highest order."""
+
+_RIEMANN_POINTS = 200      # of ComfyUI's er_sde
+_PANEL = 1.5               # largest Gauss-Legendre panel in log lambda: every log g of the table is analytic within 1.5
+_GAUSS_X, _GAUSS_W = np.polynomial.legendre.leggauss(20)
+_LOG_FAR = 45.0            # exp(-45) is below float64's rounding: where an infinite range may be cut
+
+
+@dataclass(frozen=True)
+class Variable:
+    """The variable tau(lambda) in which D is interpolated, and d tau / d log lambda."""
+
+    name: str
+    tau: Callable[[np.ndarray], np.ndarray]
+    slope: Callable[[np.ndarray], np.ndarray]
+
+
+def _unit(lam):
+    lam = np.asarray(lam, dtype=np.float64)
+    return np.where(np.isinf(lam), 1.0, lam / (1.0 + np.where(np.isinf(lam), 0.0, lam)))
+
+
+VARIABLES: Mapping[str, Variable] = MappingProxyType({v.name: v for v in (
+    Variable("lambda", lambda lam: np.asarray(lam, dtype=np.float64), lambda lam: lam),
+    Variable("asinh", np.arcsinh, lambda lam: lam / np.sqrt(1.0 + lam * lam)),
+    Variable("log", np.log, np.ones_like),
+    Variable("unit", _unit, lambda lam: lam / (1.0 + lam) ** 2),
+)})
+
+
+class StepIntegrals:
+    """log phi and the integrals of a batch of steps lambda_s[i] -> lambda_t[i].
+
+    Args:
+        lam_s, lam_t: shape (steps,), positive and different; lam_s may be infinite.
+        scale: the noise scale; eta: shape (steps,), the eta of each step.
+
+    Raises:
+        ValueError: a user's phi / lambda falls somewhere on a step.
+    """
+
+    def __init__(self, lam_s: np.ndarray, lam_t: np.ndarray, scale: NoiseScale, eta: np.ndarray):
+        self.lam_s, self.lam_t, self.scale, self.eta = lam_s, lam_t, scale, eta
+        log_t = np.log(lam_t)
+        far = np.isinf(lam_s)
+        log_s = np.where(far, log_t + _LOG_FAR, np.log(np.where(far, 1.0, lam_s)))
+        panels = np.maximum(1, np.ceil(np.abs(log_s - log_t) / _PANEL)).astype(int)
+        self._start = np.concatenate(([0], np.cumsum(panels)))[:-1]
+        step = np.repeat(np.arange(len(lam_s)), panels)
+        nth = np.arange(len(step)) - np.repeat(self._start, panels)
+        width = ((log_s - log_t) / panels)[step]
+        # Shape (panels of all steps, 20): log lambda, the quadrature weight in log lambda, lambda.
+        self._u = (log_t[step] + nth * width)[:, None] + 0.5 * width[:, None] * (_GAUSS_X + 1.0)
+        self._du = 0.5 * width[:, None] * _GAUSS_W
+        self._lam = np.exp(self._u)
+        self._step = step
+        self.log_g_s = self._log_g(lam_s)
+        self.log_g_t = self._log_g(lam_t)
+        log_g = self._log_g(self._lam)
+        if scale.sample:
+            self._check_rising(log_g)
+        # log of phi_t / phi_s and of phi_t / phi(lambda); at lambda_s = infinity the ratio is 0.
+        with np.errstate(invalid="ignore"):
+            self.log_rho = np.where(eta == 0, 0.0, eta * (self.log_g_t - self.log_g_s))
+        self.log_ratio = np.where(far, -np.inf, np.log(lam_t) - np.log(np.where(far, 1.0, lam_s))) + self.log_rho
+        rel = eta[step][:, None] * (self.log_g_t[step][:, None] - log_g)
+        self._drop = np.expm1(log_t[step][:, None] - self._u + rel)
+
+    def _log_g(self, lam: np.ndarray) -> np.ndarray:
+        return self.scale.log_g(torch.from_numpy(np.ascontiguousarray(lam))).numpy()
+
+    def _check_rising(self, log_g: np.ndarray) -> None:
+        lam = np.concatenate((self._lam.ravel(), self.lam_s, self.lam_t))
+        value = np.concatenate((log_g.ravel(), self.log_g_s, self.log_g_t))
+        at = np.argsort(lam)
+        lam, value = lam[at], value[at]
+        with np.errstate(invalid="ignore"):
+            fall = np.diff(value) < -1e-9
+        if fall.any():
+            i = int(np.flatnonzero(fall)[0])
+            raise ValueError(f"noise_scale {self.scale.name!r}: phi(lambda) / lambda must not fall as lambda grows, but "
+                             f"it falls from {math.exp(value[i]):.6g} at lambda = {lam[i]:.6g} to "
+                             f"{math.exp(value[i + 1]):.6g} at lambda = {lam[i + 1]:.6g}")
+
+    def integrate(self, factor: np.ndarray) -> np.ndarray:
+        """int factor (phi_t / phi - 1) dlog lambda per step; factor has the shape of `lam_nodes`."""
+        return np.add.reduceat((factor * self._drop * self._du).sum(1), self._start)
+
+    @property
+    def lam_nodes(self) -> np.ndarray:
+        """lambda at the quadrature nodes, shape (panels of all steps, 20)."""
+        return self._lam
+
+    def spread(self, per_step: np.ndarray) -> np.ndarray:
+        """A value per step, broadcast to the quadrature nodes."""
+        return per_step[self._step][:, None]
+
+    def newton(self, nodes: np.ndarray, variable: Variable) -> np.ndarray:
+        """c_1 .. c_K of every step, shape (K, steps), for nodes of shape (K, steps) in tau; unused ones may be nan."""
+        tau = variable.tau(self._lam)
+        weight = variable.slope(self._lam)
+        out = np.zeros(nodes.shape)
+        value, slope = np.ones_like(tau), np.zeros_like(tau)
+        for k, node in enumerate(nodes):
+            gap = tau - self.spread(node)
+            slope = slope * gap + value
+            value = value * gap
+            out[k] = self.integrate(slope * weight)
+        return out
+
+    def riemann(self) -> Tuple[np.ndarray, np.ndarray]:
+        """The two correction integrals of the published formulas by ComfyUI's left sums of 200 points.
+
+        Returns:
+            phi_t int 1 / phi - (lambda_s - lambda_t), and the same of (lambda - lambda_s) / phi.  Source: the vp_3
+            solver of the official code (100 points) with ComfyUI's number of points.
+        """
+        first, second = np.zeros(len(self.lam_s)), np.zeros(len(self.lam_s))
+        for i, (s, t) in enumerate(zip(self.lam_s, self.lam_t)):
+            if np.isinf(s):
+                continue        # no step of the published formulas starts there at order 2: D' is 0 across it
+            dlam = (s - t) / _RIEMANN_POINTS
+            lam = t + np.arange(_RIEMANN_POINTS) * dlam
+            ratio = np.exp(np.log(t) - np.log(lam) + self.eta[i] * (self.log_g_t[i] - self._log_g(lam)))
+            first[i] = ratio.sum() * dlam - (s - t)
+            second[i] = (ratio * (lam - s)).sum() * dlam + 0.5 * (s - t) ** 2
+        return first, second
+
+
+def divided_difference(nodes: Sequence[float]) -> List[float]:
+    """The weights of D[tau_0, ..., tau_k] on D(tau_0), ..., D(tau_k), for distinct nodes."""
+    return [1.0 / math.prod(a - b for j, b in enumerate(nodes) if j != i) for i, a in enumerate(nodes)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """x_next = x_scale * x + sum of weight * D over `denoised` + noise_scale * z.
+
+    `denoised` holds (lag, weight): lag 0 is the evaluation just made, lag 1 the one before.  The weights of the corrector,
+    which amends the step before this one, are merged in: x is the state the evaluation was made at.
+    """
+
+    x_scale: float
+    denoised: Tuple[Tuple[int, float], ...]
+    noise: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a run.
+
+    Attributes:
+        sigmas: shape (steps + 1,), float64: the checked schedule, up to its first zero.
+        steps: one `Step` per model call.
+        orders: how many evaluations each step's predictor interpolates.
+        history: how many evaluations a run must keep, the newest included.
+    """
+
+    sigmas: np.ndarray
+    steps: Tuple[Step, ...]
+    orders: Tuple[int, ...]
+    history: int
+
+
+# A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is at
+# most three times that of the Adams-Bashforth method of the same order.  Regular schedules stay below half of it; after a
+# step much shorter than its successor (a nearly repeated sigma) the order drops instead.
+_AMPLIFICATION = (1.0, 3 * 2.0, 3 * 44 / 12, 3 * 160 / 24, 3 * 8794 / 720)
+# Two evaluations closer than this fraction of the step count as one: the newer one stands for both.
+_SAME = 1e-3
+
+
+def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.ndarray, s_noise: float = 1.0,
+              order: int = 3, corrector: bool = True, method: str = "exact", variable: str = "lambda",
+              history: Sequence[float] = ()) -> Plan:
+    """The weights of every step of a run.
+
+    Args:
+        sigmas: shape (steps + 1,), checked by `process.check_sigmas`.
+        eta: shape (steps,), the eta of each step (0 outside the stochastic window).
+        s_noise: factor of the noise's standard deviation.
+        order: 1 to `METHODS[method]`; the first steps use as many evaluations as there are.
+        corrector: whether each evaluation also corrects the step that led to it ("exact" only).
+        variable: in which D is interpolated, a name of `VARIABLES` ("exact" only).
+        history: sigmas of evaluations made before the first step, newest first, that the run starts with.
+    """
+    check_choice("method", method, METHODS)
+    var = VARIABLES[check_choice("variable", variable, VARIABLES)]
+    exact = method == "exact"
+    n = len(sigmas) - 1
+    lam = process.lam(sigmas)
+    alpha = process.alpha(sigmas)
+    # Steps that move: neither of length zero nor to sigma = 0, which returns D, nor to sigma = 1 of an inverted flow.
+    moving = [i for i in range(n) if sigmas[i] != sigmas[i + 1] and sigmas[i + 1] > 0 and np.isfinite(lam[i + 1])]
+    row = {i: r for r, i in enumerate(moving)}
+    at = np.array(moving, dtype=int)
+    integrals = StepIntegrals(lam[at], lam[at + 1], scale, np.asarray(eta, dtype=np.float64)[at])
+
+    past = np.concatenate((process.lam(np.asarray(history, dtype=np.float64)), []))
+    with np.errstate(divide="ignore"):
+        tau = (var.tau if exact else VARIABLES["lambda"].tau)(np.concatenate((past[::-1], lam)))
+    first = len(past)           # the evaluation of step i is number first + i
+
+    nodes_of: Dict[int, List[int]] = {i: _distinct(tau, first + i, first + i + 1, order) for i in moving}
+    grid = np.full((order, len(moving)), np.nan)
+    for i in moving:
+        grid[:len(nodes_of[i]), row[i]] = tau[nodes_of[i]]
+    with np.errstate(invalid="ignore"):
+        if exact:
+            newton = integrals.newton(grid, var)
+        elif method == "paper":
+            pair = integrals.newton(np.stack((lam[at], lam[at])), VARIABLES["lambda"])
+            newton = pair * [[1.0], [0.5]]
+        else:
+            newton = np.stack(integrals.riemann())
+
+    steps, orders = [], []
+    correction: Dict[int, float] = {}       # evaluation number -> weight: what the new D changes in the state x
+    slope: Dict[int, float] = {}            # the published formulas' D' of the step before, on evaluations
+    for i in range(n):
+        now = first + i
+        merged: Dict[int, float] = {}
+        used, noise, x_scale = 1, 0.0, 1.0
+        if sigmas[i + 1] == 0:
+            x_scale, merged, correction = 0.0, {now: 1.0}, {}
+        elif sigmas[i] != sigmas[i + 1] and i not in row:
+            # Inversion to sigma = 1 of a flow model, order 1: alpha_t (1 - lambda_t / lambda_s) -> -sigma_t / lambda_s.
+            x_scale, merged = sigmas[i + 1] / sigmas[i], {now: -sigmas[i + 1] / lam[i]}
+        elif i in row:
+            r = row[i]
+            rho = math.exp(integrals.log_rho[r])
+            x_scale = sigmas[i + 1] / sigmas[i] * rho
+            noise = s_noise * sigmas[i + 1] * math.sqrt(max(0.0, -math.expm1(2.0 * integrals.log_rho[r])))
+            coef = [-math.expm1(integrals.log_ratio[r]), *newton[:, r]]
+            nodes = nodes_of[i]
+            if exact:
+                weights, used = _predictor(coef, nodes, tau)
+            else:
+                weights, slope = _published(coef, nodes, tau, slope)
+                used = len(nodes)
+            merged = {e: alpha[i + 1] * w for e, w in weights.items()}
+        for e, w in correction.items():
+            merged[e] = merged.get(e, 0.0) + x_scale * w
+        correction = {}
+        if exact and corrector and i in row and i + 1 < n:
+            correction = {e: alpha[i + 1] * w for e, w in _corrector(coef, nodes[:used], now + 1, tau).items()}
+        steps.append(Step(float(x_scale), tuple((now - e, float(w)) for e, w in sorted(merged.items(), reverse=True)
+                                                if w != 0.0), float(noise)))
+        orders.append(used)
+    keep = max((lag + 1 for step in steps for lag, _ in step.denoised), default=1)
+    return Plan(sigmas, tuple(steps), tuple(orders), keep)
+
+
+def _distinct(tau: np.ndarray, now: int, nxt: int, order: int) -> List[int]:
+    """Up to `order` evaluation numbers, newest first, whose nodes are finite and apart; at least the newest."""
+    out = [now]
+    if not np.isfinite(tau[now]):
+        return out
+    apart = _SAME * abs(tau[nxt] - tau[now])
+    for e in range(now - 1, -1, -1):
+        if len(out) == order or not np.isfinite(tau[e]):
+            break
+        if abs(tau[e] - tau[out[-1]]) > apart:
+            out.append(e)
+    return out
+
+
+def _predictor(coef: Sequence[float], nodes: Sequence[int], tau: np.ndarray) -> Tuple[Dict[int, float], int]:
+    """The weights on the evaluations of the highest order that does not amplify, and that order."""
+    weights = {nodes[0]: coef[0]}
+    used = 1
+    total = dict(weights)
+    for k in range(1, len(nodes)):
+        part = divided_difference(tau[nodes[:k + 1]])
+        for e, d in zip(nodes, part):
+            total[e] = total.get(e, 0.0) + coef[k] * d
+        if sum(map(abs, total.values())) > _AMPLIFICATION[k] * abs(coef[0]):
+            break
+        weights, used = dict(total), k + 1
+    return weights, used
+
+
+def _corrector(coef: Sequence[float], nodes: Sequence[int], new: int, tau: np.ndarray) -> Dict[int, float]:
+    """The weights of c_k D[tau_0, ..., tau_{k-1}, tau_t] on the evaluations, the new one among them."""
+    k = len(nodes)
+    if not np.isfinite(tau[nodes[0]]):
+        # lambda_s infinite: a line through (infinity, D_s) and (lambda_t, D_t) is D_t wherever lambda is finite.
+        return {nodes[0]: -coef[0], new: coef[0]}
+    where = [*nodes, new]
+    return {e: coef[k] * d for e, d in zip(where, divided_difference(tau[where]))}
+
+
+def _published(coef: Sequence[float], nodes: Sequence[int], lam: np.ndarray,
+               before: Dict[int, float]) -> Tuple[Dict[int, float], Dict[int, float]]:
+    """The weights of the published second and third order formulas, and their D' for the next step.
+
+    D' = (D_0 - D_1) / (lambda_0 - lambda_1) and D'' = (D'_0 - D'_1) / ((lambda_0 - lambda_2) / 2).  Source: vp_2 and
+    vp_3 of the official code.
+    """
+    weights = {nodes[0]: coef[0]}
+    if len(nodes) < 2:
+        return weights, {}
+    gap = lam[nodes[0]] - lam[nodes[1]]
+    slope = {nodes[0]: 1.0 / gap, nodes[1]: -1.0 / gap}
+    terms = [(coef[1], slope)]
+    if len(nodes) > 2 and before:
+        half = 0.5 * (lam[nodes[0]] - lam[nodes[2]])
+        change = {e: (slope.get(e, 0.0) - before.get(e, 0.0)) / half for e in {*slope, *before}}
+        terms.append((coef[2], change))
+    for c, part in terms:
+        for e, d in part.items():
+            weights[e] = weights.get(e, 0.0) + c * d
+    return weights, slope
