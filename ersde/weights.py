@@ -144,7 +144,38 @@ class StepIntegrals:
             slope = slope * gap + value
             value = value * gap
             out[k] = self.integrate(slope * weight)
+        if variable.name == "lambda" and self.scale.power is not None:
+            closed, exact = self._closed(nodes)
+            out = np.where(exact, closed, out)
         return out
+
+    def _closed(self, nodes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """`newton` in closed form for phi = lambda^p, and where rounding left it exact to 1e-13 of itself.
+
+        With y = lambda / lambda_t and N_k'(y) = sum_m e_m y^m,
+        c_k = lambda_t^k sum_m e_m (E(m + 1 - p) - E(m + 1)), E(q) = int_1^R y^(q-1) dy = (R^q - 1) / q.
+        The terms cancel as the step gets short: there the quadrature, which does not, is the better of the two.
+        """
+        power = 1.0 + self.eta * self.scale.power
+        length = np.log(self.lam_s) - np.log(self.lam_t)
+
+        def moment(q):
+            return np.where(q == 0, length, np.expm1(q * length) / np.where(q == 0, 1.0, q))
+
+        closed, size = np.zeros(nodes.shape), np.zeros(nodes.shape)
+        coef = np.zeros((len(nodes) + 1, len(length)))       # of N_k in y, ascending powers
+        coef[0] = 1.0
+        with np.errstate(invalid="ignore", over="ignore"):
+            for k, node in enumerate(nodes / self.lam_t):
+                coef = np.concatenate((np.zeros((1, len(length))), coef[:-1])) - node * coef
+                for m in range(k + 1):
+                    slope = (m + 1) * coef[m + 1]
+                    lower, upper = moment(m + 1 - power), moment(np.full_like(power, m + 1.0))
+                    closed[k] += slope * (lower - upper)
+                    size[k] += np.abs(slope) * (np.abs(lower) + np.abs(upper))
+            scaled = self.lam_t ** np.arange(1, len(nodes) + 1)[:, None]
+            exact = np.isfinite(closed) & (size * np.finfo(np.float64).eps < 1e-13 * np.abs(closed))
+        return closed * scaled, exact
 
     def riemann(self) -> Tuple[np.ndarray, np.ndarray]:
         """The two correction integrals of the published formulas by ComfyUI's left sums of 200 points.
@@ -203,7 +234,7 @@ class Plan:
 # A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is at
 # most three times that of the Adams-Bashforth method of the same order.  Regular schedules stay below half of it; after a
 # step much shorter than its successor (a nearly repeated sigma) the order drops instead.
-_AMPLIFICATION = (1.0, 3 * 2.0, 3 * 44 / 12, 3 * 160 / 24, 3 * 8794 / 720)
+_AMPLIFICATION = (1.0, 3 * 2.0, 3 * 44 / 12, 3 * 160 / 24, 3 * 8794 / 720, 3 * 32812 / 1440)
 # Two evaluations closer than this fraction of the step count as one: the newer one stands for both.
 _SAME = 1e-3
 
@@ -217,7 +248,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         sigmas: shape (steps + 1,), checked by `process.check_sigmas`.
         eta: shape (steps,), the eta of each step (0 outside the stochastic window).
         s_noise: factor of the noise's standard deviation.
-        order: 1 to `METHODS[method]`; the first steps use as many evaluations as there are.
+        order: 1 to `METHODS[method]`; the first steps use as many evaluations as there are.  Without the corrector a step
+            interpolates `order` evaluations.  With it, the corrected step interpolates `order` and the new one, and the
+            predictor `order + 1`: both are of order `order + 1`.
         corrector: whether each evaluation also corrects the step that led to it ("exact" only).
         variable: in which D is interpolated, a name of `VARIABLES` ("exact" only).
         history: sigmas of evaluations made before the first step, newest first, that the run starts with.
@@ -239,10 +272,19 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         tau = (var.tau if exact else VARIABLES["lambda"].tau)(np.concatenate((past[::-1], lam)))
     first = len(past)           # the evaluation of step i is number first + i
 
-    nodes_of: Dict[int, List[int]] = {i: _distinct(tau, first + i, first + i + 1, order) for i in moving}
-    grid = np.full((order, len(moving)), np.nan)
+    # The corrector drops the oldest node for the new one, so the predictor may use one more at no memory of its own.
+    most = order + 1 if exact and corrector else order
+    nodes_of: Dict[int, List[int]] = {i: _distinct(tau, first + i, first + i + 1, most) for i in moving}
+    grid = np.full((most, len(moving)), np.nan)
     for i in moving:
         grid[:len(nodes_of[i]), row[i]] = tau[nodes_of[i]]
+    # From lambda = infinity no polynomial in lambda leads on; the corrector draws a line in lambda / (1 + lambda) there.
+    from_far: Dict[int, Dict[int, float]] = {}
+    if np.isinf(lam[0]) and exact and n > 1 and 0 in row:
+        line = VARIABLES["unit"]
+        ends = line.tau(lam[:2])
+        weight = integrals.newton(np.full((1, len(moving)), ends[0]), line)[0, 0] / (ends[1] - ends[0])
+        from_far[0] = {first: -weight, first + 1: weight}
     with np.errstate(invalid="ignore"):
         if exact:
             newton = integrals.newton(grid, var)
@@ -280,8 +322,10 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         for e, w in correction.items():
             merged[e] = merged.get(e, 0.0) + x_scale * w
         correction = {}
-        if exact and corrector and i in row and i + 1 < n:
-            correction = {e: alpha[i + 1] * w for e, w in _corrector(coef, nodes[:used], now + 1, tau).items()}
+        # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
+        if exact and (corrector or used < order) and i in row and i + 1 < n and sigmas[i + 2] > 0:
+            change = _corrector(coef, nodes[:used], now + 1, tau, order) if np.isfinite(tau[now]) else from_far[i]
+            correction = {e: alpha[i + 1] * w for e, w in change.items()}
         steps.append(Step(float(x_scale), tuple((now - e, float(w)) for e, w in sorted(merged.items(), reverse=True)
                                                 if w != 0.0), float(noise)))
         orders.append(used)
@@ -318,14 +362,16 @@ def _predictor(coef: Sequence[float], nodes: Sequence[int], tau: np.ndarray) -> 
     return weights, used
 
 
-def _corrector(coef: Sequence[float], nodes: Sequence[int], new: int, tau: np.ndarray) -> Dict[int, float]:
-    """The weights of c_k D[tau_0, ..., tau_{k-1}, tau_t] on the evaluations, the new one among them."""
-    k = len(nodes)
-    if not np.isfinite(tau[nodes[0]]):
-        # lambda_s infinite: a line through (infinity, D_s) and (lambda_t, D_t) is D_t wherever lambda is finite.
-        return {nodes[0]: -coef[0], new: coef[0]}
-    where = [*nodes, new]
-    return {e: coef[k] * d for e, d in zip(where, divided_difference(tau[where]))}
+def _corrector(coef: Sequence[float], nodes: Sequence[int], new: int, tau: np.ndarray, order: int,
+               far=None) -> Dict[int, float]:
+    """What the new evaluation changes: the polynomial through the newest `order` of `nodes` and the new one, less the
+    predictor's through all of `nodes`; the terms below c_k are common to both."""
+    k = min(len(nodes), order)
+    change = {e: coef[k] * d for e, d in zip((*nodes[:k], new), divided_difference(tau[[*nodes[:k], new]]))}
+    if len(nodes) > order:
+        for e, d in zip(nodes, divided_difference(tau[nodes])):
+            change[e] = change.get(e, 0.0) - coef[k] * d
+    return change
 
 
 def _published(coef: Sequence[float], nodes: Sequence[int], lam: np.ndarray,

@@ -1,0 +1,275 @@
+"""What the demo computes and draws.  Every number on the page comes from here, of the same run."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import torch
+
+import ersde
+from ersde import plot
+
+from . import pictures
+from .mixture import SIGMA_MAX, SIGMA_MIN, Mixture, digits, fine_solution, flow_schedule, karras
+
+Tensor = torch.Tensor
+
+STD = 0.1
+SEED = 2026
+FLOW_LOW = 0.01         # the last sigma above 0 of the error measurement: the same for every number of steps
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed.
+
+    Attributes:
+        steps: the columns of the preset grids.
+        sweep: values of eta and s_noise.
+        guidance: guidance scales.
+        measure: seeds behind each number of the sweep and error figures.
+        error_steps: step counts of the error figure; table: those of its table.
+        fine: RK4 steps of the fine solution; the check runs half of them.
+    """
+
+    steps: Tuple[int, ...] = (4, 5, 6, 8, 10, 15, 20, 30, 50)
+    sweep: Tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    guidance: Tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5)
+    measure: int = 64
+    error_steps: Tuple[int, ...] = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+    table: Tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+    fine: int = 400
+
+
+QUICK = Size((4, 10), (0.0, 1.0), (1.0, 5.0), 8, (4, 8, 16), (4, 8, 16), 30)
+
+SOLVERS: Dict[str, Dict[str, object]] = {
+    "exact, order 3, corrector": {"method": "exact", "corrector": True},
+    "exact, order 3": {"method": "exact", "corrector": False},
+    "paper, order 3": {"method": "paper", "corrector": False},
+    "comfyui, order 3": {"method": "comfyui", "corrector": False},
+}
+FLOW_PRESETS = ("sde_5", "ode", "sde", "sde_4", "comfyui", "few_steps", "flat", "texture")
+GUIDED_PRESETS = ("ode", "few_steps", "sde_5", "sde", "comfyui")
+
+
+@dataclass
+class Shown:
+    """One figure of the page.
+
+    Attributes:
+        file: its PNG.
+        title, look, settings, alt: heading, what to look for, how it was made, and for whom it is read to.
+        table: heading and rows of cells, or none.
+        notes: sentences with numbers of this run, below.
+    """
+
+    file: str
+    title: str
+    look: str
+    settings: str
+    alt: str
+    width: int = 0
+    height: int = 0
+    table: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+
+def start_noise(count: int, process: str) -> Tensor:
+    """The start of `count` seeds, shape (count, 1, 8, 8), float64: picture k is the same in every figure of a process."""
+    noise = torch.randn(count, 64, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+    return (noise * (SIGMA_MAX if process == "ve" else 1.0)).reshape(count, 1, 8, 8)
+
+
+def schedule(process: str, steps: int) -> Tensor:
+    return karras(steps) if process == "ve" else flow_schedule(steps)
+
+
+def settings_of(process: str) -> str:
+    if process == "ve":
+        return f"Process ve, Karras schedule from sigma {SIGMA_MAX:g} to {SIGMA_MIN:g}, then 0"
+    return "Process flow, equal steps of time from sigma 1, shifted by 3 as in SD3, then 0"
+
+
+class Work:
+    """One run: the size, the models, and a progress callback that counts model calls.
+
+    Args:
+        tick: called with a number of model calls that are done.
+    """
+
+    def __init__(self, size: Size, tick: Callable[[int], None] = lambda calls: None):
+        self.size, self.tick = size, tick
+        self.models = {process: digits(process, STD) for process in ("ve", "flow")}
+
+    def preset(self, name, steps: int, process: str, count: int, model: Mixture = None) -> Tensor:
+        """Pictures of a preset, shape (count, 8, 8)."""
+        x = start_noise(count, process).float()
+        out = ersde.sample_preset(model or self.models[process], x, schedule(process, steps), name,
+                                  extra_args={"seed": SEED}, disable=True, process=process)
+        self.tick(steps)
+        return out[:, 0]
+
+    # --- the parts, each with the model calls it takes -----------------------------------------------------------
+
+    def parts(self) -> List[Tuple[str, int, Callable[[], Shown]]]:
+        """(description, model calls, what computes it) of every figure, in the page's order."""
+        size = self.size
+        error = 4 * sum(size.error_steps) + 4 * (size.fine + size.fine // 2)
+        return [
+            ("presets, ve", len(ersde.PRESETS) * sum(size.steps), lambda: self.presets("ve", tuple(ersde.PRESETS))),
+            ("presets, flow", len(FLOW_PRESETS) * sum(size.steps), lambda: self.presets("flow", FLOW_PRESETS)),
+            ("guidance", len(GUIDED_PRESETS) * len(size.guidance) * 10, self.guidance),
+            ("eta and s_noise", 4 * len(size.sweep) * 20, self.sweep),
+            ("noise scales", 0, self.noise_scales),
+            ("noise per step, ve", 0, lambda: self.injected("ve")),
+            ("noise per step, flow", 0, lambda: self.injected("flow")),
+            ("weights", 0, self.weights),
+            ("error, ve", error, lambda: self.error("ve")),
+            ("error, flow", error, lambda: self.error("flow")),
+        ]
+
+    def presets(self, process: str, names: Sequence[str]) -> Tuple[Shown, object]:
+        steps = self.size.steps
+        cells = [[self.preset(name, n, process, 4) for n in steps] for name in names]
+        image = pictures.grid(cells, names, [str(n) for n in steps], "steps")
+        return Shown(
+            f"presets_{process}.png", f"Presets by number of steps, {process}",
+            "Follow a row: a preset without noise (ode, few_steps) settles on one picture per seed within a few steps, one "
+            "with noise goes on to other pictures; grey smears mark too few steps.",
+            f"{settings_of(process)}. Four seeds, the same start noise in every cell.",
+            f"A table of generated handwritten digits: {len(names)} presets in rows, {len(steps)} numbers of steps from "
+            f"{steps[0]} to {steps[-1]} in columns, four digits in each cell."), image
+
+    def guidance(self) -> Tuple[Shown, object]:
+        cells = []
+        for name in GUIDED_PRESETS:
+            cells.append([self.preset(name, 10, "ve", 4, digits("ve", STD, scale, 3)) for scale in self.size.guidance])
+        image = pictures.grid(cells, GUIDED_PRESETS, [f"{scale:g}" for scale in self.size.guidance], "guidance", 10)
+        return Shown(
+            "guidance.png", "Guidance towards the digit 3",
+            "Strong guidance over few steps is the hardest case for a multistep solver: look for smears and blotches to "
+            "the right.",
+            f"{settings_of('ve')}, 10 steps; D = D_all + guidance (D_3 - D_all). Four seeds, the same start noise in every "
+            "cell.",
+            f"A table of generated digits: {len(GUIDED_PRESETS)} presets in rows, guidance {self.size.guidance[0]:g} to "
+            f"{self.size.guidance[-1]:g} in columns."), image
+
+    def sweep(self) -> Tuple[Shown, object]:
+        values, count = self.size.sweep, self.size.measure
+        rows, cells, notes = [], [], []
+        for name in ("sde_5", "sde"):
+            for field in ("eta", "s_noise"):
+                made = [self.preset(ersde.PRESETS[name].replace(**{field: v}), 20, "ve", count) for v in values]
+                rows.append(f"{name}\n{field}")
+                cells.append([pictures_[:4] for pictures_ in made])
+                notes.append([f"{self.models['ve'].nearest(p).median().item():.3f}" for p in made])
+        image = pictures.grid(cells, rows, [f"{v:g}" for v in values], "value", 10, notes=notes)
+        return Shown(
+            "sweep.png", "eta and s_noise",
+            "eta turns the noise scale from the ODE (0) to the function as published (1) and beyond without hurting the "
+            "statistics; s_noise other than 1 adds too little or too much noise for what the step takes away, so pictures "
+            "come out too clean or grainy.",
+            f"{settings_of('ve')}, 20 steps. Under each cell: the RMS distance per pixel to the nearest of the "
+            f"{len(self.models['ve'].means)} data pictures, median over {count} seeds; perfect samples have about {STD:g}, "
+            "the model's own spread around each picture. The four pictures are the first four of these seeds.",
+            "A table of generated digits: eta and s_noise of the presets sde_5 and sde in rows, values "
+            f"{values[0]:g} to {values[-1]:g} in columns."), image
+
+    def noise_scales(self) -> Tuple[Shown, object]:
+        return Shown(
+            "noise_scales.png", "The noise scale functions",
+            "Only the slope matters: flat is the ODE, and a step adds the more noise the more the curve falls over it from "
+            "right to left; right panel: sde_1 hardly differs from the ODE.",
+            "g = phi / lambda for each function at eta = 1, divided by its value at lambda = 1.",
+            f"Curves of {len(ersde.NOISE_SCALES)} noise scale functions against lambda, on logarithmic and on linear axes."
+        ), plot.to_image(plot.plot_noise_scales())
+
+    def injected(self, process: str) -> Tuple[Shown, object]:
+        image = plot.to_image(plot.plot_injected_noise(schedule(process, 20), None, process))
+        return Shown(
+            f"injected_noise_{process}.png", f"Noise added per step, {process}",
+            "Left: how much noise each step adds; right: how much of the noise left after the step is new. 1 throughout "
+            "would forget the start; ode stays at 0.",
+            f"{settings_of(process)}, 20 steps, eta = 1, s_noise = 1.",
+            f"Curves of the noise added at each of 20 steps by {len(ersde.NOISE_SCALES)} noise scale functions."), image
+
+    def weights(self) -> Tuple[Shown, object]:
+        plan = plot.make_plot_plan(karras(20))
+        image = plot.to_image(plot.plot_weights(plan, "sde_5, exact, order 3 with corrector, 20 Karras steps"))
+        return Shown(
+            "weights.png", "What a step is made of",
+            "Each step is one weighted sum of the state, the last evaluations and fresh noise; these weights depend on the "
+            "schedule alone, and the last step returns the evaluation itself.",
+            f"{settings_of('ve')}, 20 steps, noise scale sde_5, order 3 with corrector.",
+            "Bars of the weights of 20 steps on the newest and on earlier evaluations, and the order of each step."), image
+
+    def error(self, process: str) -> Tuple[Shown, object]:
+        size, model, count = self.size, self.models[process], self.size.measure
+        x = start_noise(count, process)
+        high, low = (SIGMA_MAX, SIGMA_MIN) if process == "ve" else (1.0, FLOW_LOW)
+        # The last step returns D at `low` in every run, so the fine solution ends there as well.
+        fine, coarse = (fine_solution(model, x, high, low, n, lambda: self.tick(4)) for n in (size.fine, size.fine // 2))
+
+        def median(a: Tensor, b: Tensor) -> float:
+            return ((a - b).flatten(1) ** 2).mean(1).sqrt().median().item()
+
+        errors: Dict[str, List[float]] = {}
+        for name, options in SOLVERS.items():
+            errors[name] = []
+            for n in size.error_steps:
+                sigmas = karras(n) if process == "ve" else flow_schedule(n, FLOW_LOW)
+                out = ersde.sample_er_sde(model, x, sigmas, disable=True, eta=0.0, order=3, process=process, **options)
+                errors[name].append(median(out, fine))
+                self.tick(n)
+        where = "Karras schedule" if process == "ve" else f"schedule of shift 3, last sigma {FLOW_LOW:g}"
+        table = [["steps", *SOLVERS]]
+        for i, n in enumerate(size.error_steps):
+            if n in size.table:
+                table.append([str(n), *(f"{values[i]:.2g}" for values in errors.values())])
+        return Shown(
+            f"error_{process}.png", f"Error by number of steps, {process}",
+            "Lower is better; a steeper line gains more from every further step.",
+            f"ODE member (eta = 0), order 3, float64, {where}. Plotted: the median over {count} seeds of each picture's RMS "
+            f"difference per pixel to a fine solution of the same ODE from the same start (RK4, {size.fine} steps, which "
+            f"differs from one of {size.fine // 2} steps by {median(fine, coarse):.1e} in the same measure). The median, "
+            "because a mean would mostly count the few seeds that end at another digit.",
+            f"Error against number of steps on logarithmic axes for {len(SOLVERS)} solvers.",
+            table=table, notes=compare(size.error_steps, errors)), plot.to_image(error_figure(size.error_steps, errors))
+
+
+def compare(steps: Sequence[int], errors: Dict[str, List[float]]) -> List[str]:
+    """Where the exact solver is better and where it is not: sentences with this run's numbers."""
+    ours, theirs = errors["exact, order 3, corrector"], errors["comfyui, order 3"]
+    gain = [b / a for a, b in zip(ours, theirs)]
+    best = max(range(len(steps)), key=gain.__getitem__)
+    out = []
+    if gain[best] > 1:
+        out.append(f"The exact solver with corrector gains most on comfyui's formulas at {steps[best]} steps: "
+                   f"{ours[best]:.2g} against {theirs[best]:.2g}.")
+    worse = [f"{steps[i]} ({ours[i]:.2g} against {theirs[i]:.2g})" for i in range(len(steps)) if gain[i] < 1]
+    if worse:
+        out.append(f"It is worse than comfyui's formulas at {', '.join(worse)} steps.")
+    else:
+        out.append(f"At none of the {len(steps)} numbers of steps is it worse than comfyui's formulas.")
+    return out
+
+
+def error_figure(steps: Sequence[int], errors: Dict[str, List[float]]):
+    """The log-log figure of median errors, with the slope of a third-order method."""
+    figure, axes = plot.new_figure(9, 5.2)
+    axis = axes[0, 0]
+    looks = (("#0072b2", "-", "o"), ("#56b4e9", "-", "s"), ("#009e73", "--", "^"), ("#d55e00", "-", "x"))
+    for (name, values), (colour, dash, marker) in zip(errors.items(), looks):
+        axis.plot(steps, values, color=colour, linestyle=dash, marker=marker, linewidth=2, label=name)
+    ends = [errors["exact, order 3"][-1] * (steps[-1] / n) ** 3 for n in (steps[-3], steps[-1])]
+    axis.plot((steps[-3], steps[-1]), [0.4 * value for value in ends], color="#888888", linewidth=1, linestyle=":",
+              label="slope of order 3")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(steps, [str(n) for n in steps])
+    axis.minorticks_off()
+    axis.set_xlabel("steps (model calls)")
+    axis.set_ylabel("median RMS error per pixel")
+    axis.legend(frameon=False)
+    return figure

@@ -1,0 +1,128 @@
+"""A model known in closed form: handwritten digits as a Gaussian mixture, with its probability flow as a fine solution.
+
+For data x_0 ~ 1/K sum_k N(m_k, s^2 I) and x = alpha x_0 + sigma eps, x is a mixture of N(alpha m_k, v I) with
+v = alpha^2 s^2 + sigma^2, and the posterior mean is
+
+    D(x, sigma) = (alpha s^2 / v) x + (sigma^2 / v) sum_k p_k(x) m_k,   p = softmax((alpha <x, m_k> - alpha^2 |m_k|^2 / 2) / v).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Callable, Optional
+
+import torch
+
+Tensor = torch.Tensor
+
+SIGMA_MAX, SIGMA_MIN = 14.6, 0.03       # of Stable Diffusion's schedule, rounded
+FLOW_SHIFT = 3.0                        # of SD3
+
+
+@dataclass
+class Mixture:
+    """Equally weighted Gaussians of one standard deviation as a denoiser `model(x, sigma, **extra) -> D`.
+
+    Args:
+        means: shape (components, dim).
+        std: of every component, positive.
+        target: label of each component, shape (components,), or None.
+        process: "ve" or "flow".
+        guidance: classifier-free guidance, D = D_all + guidance (D_label - D_all); None: no guidance.
+        label: the label that guidance leads to.
+    """
+
+    means: Tensor
+    std: float
+    target: Optional[Tensor] = None
+    process: str = "ve"
+    guidance: Optional[float] = None
+    label: int = 3
+    _cast: dict = field(default_factory=dict, init=False, repr=False)
+
+    def _tensors(self, dtype):
+        if dtype not in self._cast:
+            means = self.means.to(dtype)
+            keep = None if self.guidance is None else self.target == self.label
+            self._cast[dtype] = (means, means.T.contiguous(), 0.5 * (means ** 2).sum(1), keep)
+        return self._cast[dtype]
+
+    def __call__(self, x: Tensor, sigma: Tensor, **_) -> Tensor:
+        flat = x.reshape(x.shape[0], -1)
+        means, transposed, half_square, keep = self._tensors(flat.dtype)
+        sigma = sigma.to(flat).reshape(-1, 1).expand(flat.shape[0], 1)
+        alpha = 1 - sigma if self.process == "flow" else torch.ones_like(sigma)
+        var = alpha ** 2 * self.std ** 2 + sigma ** 2
+        logit = (flat * (alpha / var)) @ transposed - (alpha ** 2 / var) * half_square
+        centre = logit.softmax(1) @ means
+        if keep is not None:
+            centre = centre + self.guidance * (logit[:, keep].softmax(1) @ means[keep] - centre)
+        return ((alpha * self.std ** 2 / var) * flat + (sigma ** 2 / var) * centre).reshape(x.shape)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """RMS distance per pixel of each picture to the nearest mean, shape (batch,).  For perfect samples: about std."""
+        flat = x.reshape(x.shape[0], -1)
+        return torch.cdist(flat, self.means.to(flat)).min(1).values / flat.shape[1] ** 0.5
+
+
+def digits(process: str = "ve", std: float = 0.1, guidance: Optional[float] = None, label: int = 3) -> Mixture:
+    """scikit-learn's handwritten digits (UCI, 1797 pictures of 8x8) in [-1, 1], dim 64.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the demo needs scikit-learn for its pictures, which this Python does not have") from error
+    pictures, target = load_digits(return_X_y=True)
+    return Mixture(torch.tensor(pictures / 8.0 - 1.0, dtype=torch.float64), std, torch.tensor(target), process, guidance,
+                   label)
+
+
+def karras(steps: int, sigma_max: float = SIGMA_MAX, sigma_min: float = SIGMA_MIN, rho: float = 7.0) -> Tensor:
+    """The schedule of Karras et al. with a final 0, shape (steps + 1,), float64."""
+    ramp = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64) ** rho
+    return torch.cat([ramp, ramp.new_zeros(1)])
+
+
+def flow_schedule(steps: int, low: Optional[float] = None, shift: float = FLOW_SHIFT) -> Tensor:
+    """Equal steps of time from sigma 1, shifted as SD3 does, with a final 0, shape (steps + 1,), float64.
+
+    low: the last sigma above 0; None: that of time 1 / steps.
+    """
+    last = 1 / steps if low is None else low / (shift - (shift - 1) * low)
+    time = torch.linspace(1, last, steps, dtype=torch.float64)
+    return torch.cat([shift * time / (1 + (shift - 1) * time), time.new_zeros(1)])
+
+
+def fine_solution(model: Mixture, x: Tensor, high: float, low: float, steps: int,
+                  tick: Optional[Callable[[], None]] = None) -> Tensor:
+    """The probability flow from x at sigma `high` to `low`, then D there: classical RK4 in float64, 4 calls a step.
+
+    ve: in log sigma, where dx/dlog sigma = x - D.  flow: in u = log((sigma + c) / (1 + c)), where dx/dsigma =
+    (x - D) / sigma; c = 0.05 spends the steps like log sigma except that sigma = 1 is finite.
+
+    Args:
+        x: shape (batch, ...); high > low > 0 (flow: high may be 1).
+        tick: called after each step.
+    """
+    x = x.double()
+    batch = x.shape[0]
+    shift = 0.05 if model.process == "flow" else 0.0
+    grid = torch.linspace(high + shift, low + shift, 2).double().log()
+    grid = torch.linspace(grid[0].item(), grid[1].item(), steps + 1, dtype=torch.float64)
+
+    def slope(x: Tensor, at: Tensor) -> Tensor:
+        sigma = (at.exp() - shift).clamp(max=1.0 if shift else None, min=0.5 * low)
+        return (x - model(x, sigma.expand(batch))) * (1.0 + shift / sigma)
+
+    for a, b in zip(grid[:-1], grid[1:]):
+        h, mid = b - a, 0.5 * (a + b)
+        k1 = slope(x, a)
+        k2 = slope(x + 0.5 * h * k1, mid)
+        k3 = slope(x + 0.5 * h * k2, mid)
+        k4 = slope(x + h * k3, b)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        if tick:
+            tick()
+    return model(x, torch.full((batch,), low, dtype=torch.float64))

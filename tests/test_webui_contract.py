@@ -1,0 +1,422 @@
+"""The WebUI side against a stand-in for the host's `modules.*`: what a sampler meets of it, traps included.
+
+The traps are real ones: `eta` is filled in whenever a sampler's signature has it, a schedule's name at the end of a
+sampler's name is cut off, names are remembered by a cache, and set_samplers does not rebuild the map.
+"""
+import collections
+import functools
+import importlib.util
+import inspect
+import itertools
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from ersde import PRESETS
+from ersde.hosts import webui
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "ersde_webui.py"
+
+# The schedules of AUTOMATIC1111 1.10.1, Forge, reForge and Forge Neo: names, labels and aliases.
+SCHEDULERS = """Automatic|Uniform|Karras|Exponential|Polyexponential|SGM Uniform|SGMUniform|KL Optimal|Align Your Steps
+Simple|Normal|DDIM|DDIM Uniform|Beta|Beta57|Turbo|Align Your Steps GITS|Align Your Steps 11|Align Your Steps 32
+Align Your Steps Custom|Sinusoidal SF|Invcosinusoidal SF|React Cosinusoidal DynSF|Cosine|Cosine-exponential Blend|Phi
+Laplace|Karras Dynamic|Linear Quadratic|Bong Tangent|Flux|Flux2|Flow|sgm_uniform|kl_optimal|align_your_steps
+ays|linear_quadratic|bong_tangent""".replace("\n", "|").split("|")
+
+SamplerData = collections.namedtuple("SamplerData", "name constructor aliases options")
+
+
+class FakeRNG:
+    """One generator per image, as the host has it; `next()` is a whole batch."""
+
+    def __init__(self, seeds, shape):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.draws = shape, 0
+
+    def next(self):
+        self.draws += 1
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+
+
+class FakeModel:
+    """What a sampler gets as `model`: the denoiser of N(0, 1) data, and the things a sampler may ask of it."""
+
+    def __init__(self, p=None, inner=None, denoise=lambda x, sigma: x / (1 + sigma ** 2)):
+        self.p, self.denoise, self.calls = p, denoise, 0
+        self.inner_model = types.SimpleNamespace(sigmas=torch.linspace(0.03, 14.6, 1000)) if inner is None else inner
+
+    def __call__(self, x, sigma, cond=None):
+        self.calls += 1
+        assert sigma.shape == (x.shape[0],)
+        assert cond == "prompt"         # extra_args reach every call
+        return self.denoise(x, sigma.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+class FakeKDiffusionSampler:
+    """The host's caller: looks at the function's signature for what to pass."""
+
+    def __init__(self, function, sd_model, options=None):
+        self.func, self.model, self.config, self.seen = function, sd_model, None, []
+
+    def sample(self, p, x, sigmas):
+        self.model.p = p
+        kwargs = {"sigmas": sigmas}
+        parameters = inspect.signature(self.func).parameters
+        if "eta" in parameters:
+            kwargs["eta"] = 0.37
+            p.extra_generation_params["Eta"] = 0.37
+        if (self.config.options or {}).get("brownian_noise"):
+            kwargs["noise_sampler"] = None
+        return self.func(self.model, x * sigmas[0], extra_args={"cond": "prompt"}, disable=False,
+                         callback=lambda d: self.seen.append((d["i"], float(d["sigma"]))), **kwargs)
+
+
+def make_host(names=("Euler a", "Euler", "DPM++ 2M")):
+    """The modules by name, as a WebUI has them when it loads scripts."""
+    host = {name: types.ModuleType(name) for name in (
+        "modules", "modules.scripts", "modules.sd_samplers", "modules.sd_samplers_common",
+        "modules.sd_samplers_kdiffusion")}
+    for name, module in host.items():
+        if "." in name:
+            setattr(host["modules"], name.split(".")[1], module)
+    host["modules"].__path__ = []
+    host["modules.sd_samplers_common"].SamplerData = SamplerData
+    host["modules.sd_samplers_kdiffusion"].KDiffusionSampler = FakeKDiffusionSampler
+
+    s = host["modules.sd_samplers"]
+    s.all_samplers = [SamplerData(name, lambda model, name=name: FakeKDiffusionSampler(name, model), [], {})
+                      for name in names]
+    s.all_samplers_map = {entry.name: entry for entry in s.all_samplers}
+    s.samplers, s.samplers_map = [], {}
+
+    def set_samplers():
+        s.samplers = s.all_samplers
+        s.samplers_map.clear()
+        for entry in s.all_samplers:
+            for name in [entry.name, *entry.aliases]:
+                s.samplers_map[name.lower()] = entry.name
+
+    @functools.lru_cache(None)
+    def get_sampler_and_scheduler(name, scheduler=None):
+        for label in SCHEDULERS:
+            if name.endswith(" " + label):
+                name, scheduler = name[:-len(label) - 1], label
+        return s.all_samplers_map.get(name, s.samplers[0]).name, scheduler
+
+    def create_sampler(name, model):
+        entry = s.all_samplers_map[name]
+        sampler = entry.constructor(model)
+        sampler.config = entry
+        return sampler
+
+    s.set_samplers, s.create_sampler = set_samplers, create_sampler
+    s.get_sampler_and_scheduler = get_sampler_and_scheduler
+    set_samplers()
+    return host
+
+
+@pytest.fixture
+def host(monkeypatch):
+    modules = make_host()
+    for name in [name for name in sys.modules if name == "modules" or name.startswith("modules.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules["modules.sd_samplers"]
+
+
+def load_as_host(path=SCRIPT):
+    """Load a script as the WebUI does: its folder on a path that is put back, the module in no sys.modules."""
+    before = sys.path
+    try:
+        sys.path = [str(path.parents[1]), *sys.path]
+        spec = importlib.util.spec_from_file_location(path.name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path = before
+
+
+def names_of(host):
+    return [entry.name for entry in host.all_samplers]
+
+
+def run_preset(host, name, x=None, seeds=(1, 2), steps=8, rng=True, model=None):
+    shape = (4, 8, 8)
+    p = types.SimpleNamespace(extra_generation_params={}, rng=FakeRNG(seeds, shape) if rng else None)
+    x = p.rng.next() if x is None else x
+    sampler = host.create_sampler(name, model or FakeModel())
+    sigmas = torch.cat([torch.logspace(1.16, -1.5, steps), torch.zeros(1)])
+    return sampler.sample(p, x, sigmas), p, sampler
+
+
+OURS = [webui.sampler_name(preset) for preset in PRESETS.values()]
+
+
+def test_every_preset_stands_after_the_hosts_own_in_order(host):
+    assert webui.register() == OURS
+    assert names_of(host) == ["Euler a", "Euler", "DPM++ 2M", *OURS]
+    assert [host.all_samplers_map[name].name for name in OURS] == OURS
+    assert host.samplers is host.all_samplers
+    for preset in PRESETS.values():
+        assert host.samplers_map[webui.sampler_name(preset).lower()] == webui.sampler_name(preset)
+        assert host.samplers_map[f"er_sde_{preset.name}"] == webui.sampler_name(preset)
+
+
+def test_registering_again_replaces_in_place(host):
+    webui.register()
+    after_us = SamplerData("another extension's", lambda model: None, [], {})
+    host.all_samplers.append(after_us)
+    first = list(host.all_samplers)
+    listed = host.all_samplers
+    webui.register()
+    assert host.all_samplers is listed
+    assert names_of(host) == [entry.name for entry in first]
+    for old, new in zip(first, host.all_samplers):
+        assert (new is not old) == (old.name in OURS), old.name
+        if old.name in OURS:
+            assert host.all_samplers_map[old.name] is new
+
+
+def test_entries_of_an_older_import_are_known_as_ours(host):
+    """After an update the module may be imported anew; its marks must still be read."""
+    spec = importlib.util.spec_from_file_location("ersde.hosts.webui_again", webui.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    again.register()
+    assert webui.register() == OURS
+    assert names_of(host) == ["Euler a", "Euler", "DPM++ 2M", *OURS]
+
+
+def test_the_hosts_own_er_sde_is_left_alone(monkeypatch, host):
+    own = SamplerData("ER SDE", lambda model: None, ["k_er_sde"], {})
+    host.all_samplers.insert(1, own)
+    host.all_samplers_map["ER SDE"] = own
+    for _ in range(2):
+        webui.register()
+    assert host.all_samplers[1] is own and host.all_samplers_map["ER SDE"] is own
+    assert host.samplers_map["er sde"] == "ER SDE" and host.samplers_map["k_er_sde"] == "ER SDE"
+    assert names_of(host).count("ER SDE") == 1 and len(names_of(host)) == 4 + len(OURS)
+
+
+def test_a_foreign_entry_of_our_name_is_kept_and_reported(host, capsys):
+    foreign = SamplerData(OURS[1], lambda model: None, [], {})
+    host.all_samplers.append(foreign)
+    host.all_samplers_map[OURS[1]] = foreign
+    assert webui.register() == [OURS[0], *OURS[2:]]
+    assert host.all_samplers[3] is foreign and host.all_samplers_map[OURS[1]] is foreign
+    assert names_of(host).count(OURS[1]) == 1
+    assert OURS[1] in capsys.readouterr().err
+
+
+def test_a_name_asked_for_before_we_came_is_found_after(host):
+    assert host.get_sampler_and_scheduler(OURS[0])[0] == "Euler a"
+    webui.register()
+    assert host.get_sampler_and_scheduler(OURS[0])[0] == OURS[0]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_names_survive_the_hosts_parsing(host, name):
+    webui.register()
+    assert host.get_sampler_and_scheduler(name) == (name, None)
+    # Other forks fold the case.
+    assert not any(name.lower().endswith(" " + label.lower()) for label in SCHEDULERS)
+    assert not set(name) & set(",:\"\n<>|")         # the infotext's and the file names' own marks
+
+
+def test_names_are_distinct_and_not_the_hosts(host):
+    folded = [name.lower() for name in OURS]
+    assert len(set(folded)) == len(PRESETS)
+    assert "er sde" not in folded and not set(folded) & {f"er_sde_{name}" for name in PRESETS}
+    assert all(name.startswith("ER-SDE ") for name in OURS)
+
+
+def test_entries_fit_the_api(host):
+    webui.register()
+    for entry in host.all_samplers[3:]:
+        assert isinstance(entry, SamplerData)
+        assert all(isinstance(alias, str) for alias in entry.aliases)
+        assert all(isinstance(value, (str, bool, int, float)) for value in entry.options.values())
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_each_preset_samples(host, preset):
+    webui.register()
+    model = FakeModel()
+    out, p, sampler = run_preset(host, webui.sampler_name(preset), model=model)
+    parameters = inspect.signature(sampler.func).parameters
+    assert list(parameters) == ["model", "x", "sigmas", "extra_args", "callback", "disable"]
+    assert p.extra_generation_params == {}      # no "Eta" of the host's slider
+    assert out.shape == (2, 4, 8, 8) and out.isfinite().all()
+    assert model.calls == 8 and [i for i, _ in sampler.seen] == list(range(8))
+    # Noise comes from the host: one draw for the first x, then one for each noisy step.
+    noisy = preset.eta > 0 and preset.noise_scale != "ode"
+    assert (p.rng.draws > 1) == noisy
+    assert host.all_samplers_map[webui.sampler_name(preset)].options.get("uses_ensd", False) == noisy
+
+
+def test_the_presets_are_different_samplers(host):
+    """A late-binding mistake would give every entry the last preset."""
+    webui.register()
+    results = {name: run_preset(host, name)[0] for name in OURS}
+    assert not [pair for pair in itertools.combinations(OURS, 2) if torch.equal(results[pair[0]], results[pair[1]])]
+
+
+def test_a_window_is_read_off_the_hosts_table(host):
+    """texture makes no noise in the first part of the schedule: its first noisy step starts below the table's 80 %."""
+    webui.register()
+    texture = PRESETS["texture"]
+    assert texture.start > 0
+    p = types.SimpleNamespace(extra_generation_params={}, rng=FakeRNG((1,), (4, 8, 8)))
+    model = FakeModel(p)
+    sampler = host.create_sampler(webui.sampler_name(texture), model)
+    edge = float(torch.quantile(model.inner_model.sigmas, 1 - texture.start))
+    sigmas = torch.tensor([edge * 1.2, edge * 1.1, edge * 1.05])
+    sampler.sample(p, torch.ones(1, 4, 8, 8), sigmas)
+    assert p.rng.draws == 0
+    sampler.sample(p, torch.ones(1, 4, 8, 8), torch.tensor([edge * 0.95, edge * 0.9, edge * 0.8]))
+    assert p.rng.draws == 2
+
+
+@pytest.mark.parametrize("name", ["sde", "sde_5"])
+def test_a_batch_equals_its_single_images(host, name):
+    webui.register()
+    name = webui.sampler_name(PRESETS[name])
+    both = run_preset(host, name, seeds=(11, 12))[0]
+    for k, seed in enumerate((11, 12)):
+        torch.testing.assert_close(run_preset(host, name, seeds=(seed,))[0][0], both[k], rtol=0, atol=1e-6)
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+def test_without_the_hosts_generators_the_librarys_noise_is_used(host):
+    webui.register()
+    name = webui.sampler_name(PRESETS["sde"])
+    runs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        runs.append(run_preset(host, name, x=torch.ones(2, 4, 8, 8), rng=False)[0])
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    bare = FakeModel()
+    del bare.p              # a host, or an extension, whose model has no p at all
+    assert webui.host_noise(bare, torch.ones(1)) is None
+
+
+def test_host_noise_follows_the_states_dtype():
+    p = types.SimpleNamespace(rng=FakeRNG((1, 2), (4, 8, 8)))
+    noise = webui.host_noise(FakeModel(p), torch.zeros(2, 4, 8, 8, dtype=torch.float64))(1.0, 0.5)
+    assert noise.dtype == torch.float64 and noise.shape == (2, 4, 8, 8)
+
+
+class CONST:
+    pass
+
+
+class FluxSampling(CONST):
+    pass
+
+
+SPACE = types.SimpleNamespace
+FLOW_MODELS = {
+    "AUTOMATIC1111, SD3": SPACE(inner_model=SPACE(add_noise_to_latent=lambda *a: None, parameterization="eps")),
+    "Forge": SPACE(predictor=SPACE(prediction_type="const")),
+    "Forge, linked": SPACE(inner_model=SPACE(predictor=SPACE(prediction_type="const"))),
+    "reForge": SPACE(inner_model=SPACE(forge_objects=SPACE(unet=SPACE(model=SPACE(model_sampling=FluxSampling()))))),
+}
+VE_MODELS = {
+    "AUTOMATIC1111": SPACE(inner_model=SPACE(parameterization="eps")),
+    "Forge": SPACE(predictor=SPACE(prediction_type="epsilon")),
+    "reForge": SPACE(inner_model=SPACE(forge_objects=SPACE(unet=SPACE(model=SPACE(model_sampling=object()))))),
+}
+
+
+@pytest.mark.parametrize("inner, alpha", [
+    *[pytest.param(inner, lambda s: 1 - s, id=f"flow, {who}") for who, inner in FLOW_MODELS.items()],
+    *[pytest.param(inner, lambda s: 1.0, id=f"ve, {who}") for who, inner in VE_MODELS.items()],
+])
+def test_the_process_is_read_off_the_model(host, inner, alpha):
+    """With a constant denoiser c and no noise drawn, a step of the reverse-time SDE is, with rho = lambda_t / lambda_s,
+
+        x_t = alpha_t c + sigma_t / sigma_s rho (x_s - alpha_s c)
+
+    (the ODE's step would be the same for both processes).
+    """
+    webui.register()
+    c, start, end = 0.7, 0.9, 0.5
+    x = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    p = SPACE(extra_generation_params={}, rng=SPACE(next=lambda: torch.zeros_like(x)))
+    model = FakeModel(p, inner, denoise=lambda x, sigma: torch.full_like(x, c))
+    sampler = host.create_sampler(webui.sampler_name(PRESETS["sde"]), model)
+    out = sampler.sample(p, x, torch.tensor([start, end]))
+    rho = (end / alpha(end)) / (start / alpha(start))
+    expected = alpha(end) * c + end / start * rho * (start * x - alpha(start) * c)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_an_interruption_of_the_host_passes_through(host):
+    """The host stops a run with an exception that is no Exception; nobody but the host may catch it."""
+    class Stop(BaseException):
+        pass
+
+    def denoise(x, sigma):
+        raise Stop
+
+    webui.register()
+    with pytest.raises(Stop):
+        run_preset(host, OURS[0], model=FakeModel(denoise=denoise))
+
+
+def test_the_script_registers_and_reload_keeps_the_list(host, capsys):
+    path = list(sys.path)
+    load_as_host()
+    first = list(host.all_samplers)
+    assert names_of(host) == ["Euler a", "Euler", "DPM++ 2M", *OURS]
+    load_as_host()
+    assert names_of(host) == [entry.name for entry in first]
+    assert all(old is not new for old, new in zip(first[3:], host.all_samplers[3:]))
+    assert sys.path == path
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_script_leaves_no_class_for_the_host_to_collect(host):
+    """The host takes every Script class it finds in a script's namespace, imported ones too."""
+    assert not [value for value in vars(load_as_host()).values() if inspect.isclass(value)]
+
+
+def test_a_failure_is_one_line_and_the_host_starts(host, capsys):
+    before = list(host.all_samplers)
+    del sys.modules["modules.sd_samplers_kdiffusion"].KDiffusionSampler
+    load_as_host()
+    err = capsys.readouterr().err
+    assert err.startswith("ER-SDE: ") and "KDiffusionSampler" in err and err.count("\n") == 1
+    assert host.all_samplers == before          # nothing half done
+
+
+def test_outside_a_webui_the_script_does_nothing():
+    code = ("import runpy, sys; runpy.run_path(sys.argv[1]); "
+            "print(sorted(name for name in sys.modules if name.split('.')[0] in ('ersde', 'modules', 'torch')))")
+    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_the_script_finds_its_package_by_itself(tmp_path):
+    """No folder of ours on the path before, none after."""
+    code = ("import runpy, sys, types; path = list(sys.path); "
+            "sys.modules.update({name: types.ModuleType(name) for name in ('modules', 'modules.scripts')}); "
+            "runpy.run_path(sys.argv[1]); print('ersde.hosts.webui' in sys.modules, sys.path == path)")
+    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT)], capture_output=True, text=True, timeout=120,
+                          cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "True True"), done.stderr
+    assert done.stderr.startswith("ER-SDE: ") and "modules" in done.stderr      # the bare host has no sampler list
+
+
+def test_importing_the_adapter_imports_no_host():
+    code = "import ersde.hosts.webui, sys; print([name for name in sys.modules if name.split('.')[0] == 'modules'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          cwd=SCRIPT.parents[1])
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
