@@ -90,8 +90,8 @@ def check_field(field: str) -> None:
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (
     Preset("sde_5", label="SDE 5", description=(
-        "The paper's default noise scale, exp(lambda^0.3) + 10: little noise and late, so it keeps the ODE's accuracy and "
-        "still adds detail; the one to begin with.")),
+        "The paper's default noise scale, exp(lambda^0.3) + 10: little noise, and most of it early, so it keeps the ODE's "
+        "accuracy and still varies; the one to begin with.")),
     Preset("ode", "ode", eta=0.0, label="ODE", description=(
         "No noise at all: the same seed converges to one picture as steps grow, for comparing settings and for inversion.")),
     Preset("sde", "sde", label="SDE", description=(

@@ -7,8 +7,9 @@ v = alpha^2 s^2 + sigma^2, and the posterior mean is
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Callable, Optional
+from typing import Callable, List, Optional, Sequence
 
 import torch
 
@@ -43,16 +44,18 @@ class Mixture:
         if dtype not in self._cast:
             means = self.means.to(dtype)
             keep = None if self.guidance is None else self.target == self.label
-            self._cast[dtype] = (means, means.T.contiguous(), 0.5 * (means ** 2).sum(1), keep)
+            # Rows m_k and -|m_k|^2 / 2 of one matrix, so that the logits are one product.
+            rows = torch.cat([means.T, -0.5 * (means ** 2).sum(1)[None]])
+            self._cast[dtype] = (means, rows.contiguous(), keep)
         return self._cast[dtype]
 
     def __call__(self, x: Tensor, sigma: Tensor, **_) -> Tensor:
         flat = x.reshape(x.shape[0], -1)
-        means, transposed, half_square, keep = self._tensors(flat.dtype)
+        means, rows, keep = self._tensors(flat.dtype)
         sigma = sigma.to(flat).reshape(-1, 1).expand(flat.shape[0], 1)
         alpha = 1 - sigma if self.process == "flow" else torch.ones_like(sigma)
         var = alpha ** 2 * self.std ** 2 + sigma ** 2
-        logit = (flat * (alpha / var)) @ transposed - (alpha ** 2 / var) * half_square
+        logit = torch.cat([flat * (alpha / var), alpha ** 2 / var], 1) @ rows
         centre = logit.softmax(1) @ means
         if keep is not None:
             centre = centre + self.guidance * (logit[:, keep].softmax(1) @ means[keep] - centre)
@@ -95,34 +98,45 @@ def flow_schedule(steps: int, low: Optional[float] = None, shift: float = FLOW_S
     return torch.cat([shift * time / (1 + (shift - 1) * time), time.new_zeros(1)])
 
 
-def fine_solution(model: Mixture, x: Tensor, high: float, low: float, steps: int,
-                  tick: Optional[Callable[[], None]] = None) -> Tensor:
-    """The probability flow from x at sigma `high` to `low`, then D there: classical RK4 in float64, 4 calls a step.
+def fine_solution(model: Mixture, x: Tensor, high: float, lows: Sequence[float], steps: int,
+                  tick: Callable[[int], None] = lambda calls: None) -> List[Tensor]:
+    """The probability flow from x at sigma `high` to each of `lows`, then D there: classical RK4 in float64.
 
-    ve: in log sigma, where dx/dlog sigma = x - D.  flow: in u = log((sigma + c) / (1 + c)), where dx/dsigma =
-    (x - D) / sigma; c = 0.05 spends the steps like log sigma except that sigma = 1 is finite.
+    ve: in log sigma, where dx/dlog sigma = x - D.  flow: in u = log(sigma + 0.05), where dx/du = (x - D)(1 + 0.05 / sigma),
+    which spends its steps like log sigma although sigma starts at 1 and D changes little below 0.05.
 
     Args:
-        x: shape (batch, ...); high > low > 0 (flow: high may be 1).
-        tick: called after each step.
+        x: shape (batch, ...).
+        lows: where to end, falling, all below high and above 0; one path serves them all.
+        steps: RK4 steps per unit of u (4 model calls each); at least one between two ends.
+        tick: called with a number of model calls done.
+
+    Returns:
+        D at each of `lows`, of x's shape, float64.
     """
     x = x.double()
     batch = x.shape[0]
     shift = 0.05 if model.process == "flow" else 0.0
-    grid = torch.linspace(high + shift, low + shift, 2).double().log()
-    grid = torch.linspace(grid[0].item(), grid[1].item(), steps + 1, dtype=torch.float64)
 
-    def slope(x: Tensor, at: Tensor) -> Tensor:
-        sigma = (at.exp() - shift).clamp(max=1.0 if shift else None, min=0.5 * low)
-        return (x - model(x, sigma.expand(batch))) * (1.0 + shift / sigma)
+    def slope(x: Tensor, u: float) -> Tensor:
+        # Rounding must not lead above sigma = 1.
+        sigma = min(math.exp(u) - shift, high)
+        return (x - model(x, x.new_full((batch,), sigma))) * (1.0 + shift / sigma)
 
-    for a, b in zip(grid[:-1], grid[1:]):
-        h, mid = b - a, 0.5 * (a + b)
-        k1 = slope(x, a)
-        k2 = slope(x + 0.5 * h * k1, mid)
-        k3 = slope(x + 0.5 * h * k2, mid)
-        k4 = slope(x + h * k3, b)
-        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        if tick:
-            tick()
-    return model(x, torch.full((batch,), low, dtype=torch.float64))
+    out = []
+    at = math.log(high + shift)
+    for low in lows:
+        end = math.log(low + shift)
+        count = max(1, math.ceil((at - end) * steps))
+        h = (end - at) / count
+        for i in range(count):
+            u = at + i * h
+            k1 = slope(x, u)
+            k2 = slope(x + 0.5 * h * k1, u + 0.5 * h)
+            k3 = slope(x + 0.5 * h * k2, u + 0.5 * h)
+            k4 = slope(x + h * k3, u + h)
+            x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            tick(4)
+        out.append(model(x, x.new_full((batch,), low)))
+        at = end
+    return out
