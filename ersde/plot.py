@@ -176,7 +176,8 @@ def plot_injected_noise(sigmas, names: Optional[Iterable] = None, process="ve", 
         plan = make_plot_plan(sigmas, process, scale, eta, s_noise, order=1, corrector=False)
         noise = np.array([step.noise for step in plan.steps])
         after = plan.sigmas[1:]
-        part = np.divide(noise, s_noise * after, out=np.zeros_like(noise), where=after > 0) ** 2
+        # The last step, to sigma = 0, leaves no noise to have a share of.
+        part = np.divide(noise, s_noise * after, out=np.full_like(noise, np.nan), where=after > 0) ** 2
         number = np.arange(1, len(noise) + 1)
         style = {**_style(scale, i), "marker": "o", "markersize": 3.5}
         amount.plot(number, np.where(noise > 0, noise, np.nan), label=scale.name, **style)
@@ -199,8 +200,9 @@ def plot_injected_noise(sigmas, names: Optional[Iterable] = None, process="ve", 
 def plot_weights(plan: Plan, title: str = ""):
     """A plan's weights: what each step multiplies the state, the evaluations of the denoiser and the noise by.
 
-    Top: one bar per evaluation the step uses, lag 0 being the newest (the corrector's share is merged in), with the state's
-    factor and the noise's as markers.  Bottom: how many evaluations the step's predictor interpolates (its order).
+    From the top: one bar per evaluation of the denoiser D that the step uses, lag 0 being the newest (the corrector's share
+    is merged in), and the state's factor as dots; the noise's factor on a logarithmic axis, where a step adds any; how many
+    evaluations the step's predictor interpolates (with the corrector one more than the order, once there are as many).
 
     Args:
         plan: of `ersde.weights.make_plan` or `make_plot_plan`.
@@ -213,34 +215,38 @@ def plot_weights(plan: Plan, title: str = ""):
         ImportError: matplotlib is not installed.
     """
     steps = plan.steps
+    noisy = any(step.noise for step in steps)
     lags = sorted({lag for step in steps for lag, _ in step.denoised})
-    figure, axes = new_figure(11, 5.4, 2, 1, sharex=True, height_ratios=(4, 1))
-    top, bottom = axes[:, 0]
+    ratios = (4, 1.5, 1) if noisy else (4, 1)
+    figure, axes = new_figure(11, 6.4 if noisy else 5.2, len(ratios), 1, sharex=True, height_ratios=ratios)
+    top, bottom = axes[0, 0], axes[-1, 0]
     number = np.arange(1, len(steps) + 1)
     width = 0.84 / max(1, len(lags))
     colours = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
     for k, lag in enumerate(lags):
-        height = [dict(step.denoised).get(lag, 0.0) for step in steps]
-        top.bar(number + (k - (len(lags) - 1) / 2) * width, height, width, color=colours[k % len(colours)],
+        weight = [dict(step.denoised).get(lag, 0.0) for step in steps]
+        top.bar(number + (k - (len(lags) - 1) / 2) * width, weight, width, color=colours[k % len(colours)],
                 label="D, newest" if lag == 0 else f"D, {lag} before")
     top.plot(number, [step.x_scale for step in steps], "o-", color="#555555", linewidth=1.0, markersize=4, label="state x")
-    if any(step.noise for step in steps):
-        top.plot(number, [step.noise for step in steps], "x", color="#d00000", markersize=6, label="noise z")
     top.axhline(0.0, color="#333333", linewidth=0.8)
-    # A noise of sigma_max's size would flatten all other weights: the linear part ends at 2.
-    if max((abs(value) for step in steps for value in (step.noise, *dict(step.denoised).values())), default=0.0) > 2.5:
-        top.set_yscale("symlog", linthresh=2.0)
     top.set_ylabel("weight")
-    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=len(lags) + 2, frameon=False,
-                  fontsize=9)
-    if title:
-        top.set_title(title, loc="left", fontsize=11)
+    if noisy:
+        middle = axes[1, 0]
+        middle.plot(number, [step.noise or np.nan for step in steps], "x-", color="#b00020", linewidth=1.0, markersize=6,
+                    label="noise z")
+        middle.set_yscale("log")
+        middle.set_ylabel("noise")
     bottom.bar(number, plan.orders, 0.7, color="#7a8ca3")
-    bottom.set_ylabel("order")
+    bottom.set_ylabel("evaluations")
     bottom.set_yticks(range(0, max(plan.orders) + 1))
     bottom.set_xlabel("step")
     bottom.xaxis.get_major_locator().set_params(integer=True)
     bottom.set_xlim(0.4, len(steps) + 0.6)
+    handles = [axis.get_legend_handles_labels() for axis in axes[:-1, 0]]
+    figure.legend(sum((h for h, _ in handles), []), sum((t for _, t in handles), []), loc="outside lower center",
+                  ncols=len(lags) + 2, frameon=False, fontsize=9)
+    if title:
+        top.set_title(title, loc="left", fontsize=11)
     return figure
 
 

@@ -71,9 +71,10 @@ def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan) -> None:
     if x.isfinite().all().cpu().numpy():
         return
     bad = ~torch.stack(list(sums)).isfinite().cpu().numpy()
-    where = f"step {int(bad.argmax())} of {len(sums)}" if bad.any() else ""
-    if where:
-        raise FloatingPointError(f"the model returned NaN or infinity at {where} (counted from 0), "
-                                 f"sigma = {plan.sigmas[int(bad.argmax())]:.6g}")
-    raise FloatingPointError(f"the state became NaN or infinite although every evaluation was finite: the noise was not "
-                             f"finite, or dtype {x.dtype} is too narrow for sigma = {plan.sigmas[0]:.6g}")
+    if bad.any():
+        i = int(bad.argmax())
+        cause = " (its own doing, or the noise of the step before was not finite)" if i else ""
+        raise FloatingPointError(f"the model returned NaN or infinity at step {i} of {len(sums)}, counted from 0, "
+                                 f"sigma = {plan.sigmas[i]:.6g}{cause}")
+    raise FloatingPointError(f"the state became NaN or infinite although every evaluation was finite: the noise of the "
+                             f"last step was not finite, or dtype {x.dtype} is too narrow for sigma = {plan.sigmas[0]:.6g}")

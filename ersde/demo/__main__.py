@@ -84,6 +84,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         index.write_text(page.page(done, len(work.models["ve"].means), facts), encoding="utf-8")
     except ImportError as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        print("ersde.demo: stopped", file=sys.stderr)
+        return 130
     except OSError as error:
         return _fail(f"cannot write to {out}: {error.strerror or error}")
     print(f"Open {index.resolve()}")

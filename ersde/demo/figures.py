@@ -10,13 +10,12 @@ import ersde
 from ersde import plot
 
 from . import pictures
-from .mixture import SIGMA_MAX, SIGMA_MIN, Mixture, digits, fine_solution, flow_schedule, karras
+from .mixture import SIGMA_MAX, SIGMA_MIN, Mixture, digits, fine_solution, fine_steps, flow_schedule, karras
 
 Tensor = torch.Tensor
 
 STD = 0.1
 SEED = 2026
-FLOW_LOW = 0.01         # the last sigma above 0 of the error measurement: the same for every number of steps
 
 
 @dataclass(frozen=True)
@@ -27,21 +26,22 @@ class Size:
         steps: the columns of the preset grids.
         sweep: values of eta and s_noise.
         guidance: guidance scales.
-        measure: seeds behind each number of the sweep and error figures.
+        measure: seeds behind each number of the sweep figure; error_seeds: of the error figures.
         error_steps: step counts of the error figure; table: those of its table.
-        fine: RK4 steps of the fine solution; the check runs half of them.
+        fine: RK4 steps of the fine solution per unit of log sigma; its check runs with half of them.
     """
 
     steps: Tuple[int, ...] = (4, 5, 6, 8, 10, 15, 20, 30, 50)
     sweep: Tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     guidance: Tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5)
     measure: int = 64
+    error_seeds: int = 64
     error_steps: Tuple[int, ...] = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
     table: Tuple[int, ...] = (4, 8, 16, 32, 64, 128)
-    fine: int = 400
+    fine: int = 64
 
 
-QUICK = Size((4, 10), (0.0, 1.0), (1.0, 5.0), 8, (4, 8, 16), (4, 8, 16), 30)
+QUICK = Size((4, 10), (0.0, 1.0), (1.0, 5.0), 8, 8, (4, 8, 16), (4, 8, 16), 8)
 
 SOLVERS: Dict[str, Dict[str, object]] = {
     "exact, order 3, corrector": {"method": "exact", "corrector": True},
@@ -50,7 +50,10 @@ SOLVERS: Dict[str, Dict[str, object]] = {
     "comfyui, order 3": {"method": "comfyui", "corrector": False},
 }
 FLOW_PRESETS = ("sde_5", "ode", "sde", "sde_4", "comfyui", "few_steps", "flat", "texture")
-GUIDED_PRESETS = ("ode", "few_steps", "sde_5", "sde", "comfyui")
+GUIDED = {
+    **{name: ersde.PRESETS[name] for name in ("ode", "few_steps", "sde_5", "comfyui", "sde")},
+    "sde, method\ncomfyui": ersde.PRESETS["sde"].replace(method="comfyui", corrector=False),
+}
 
 
 @dataclass
@@ -78,10 +81,16 @@ class Shown:
 def start_noise(count: int, process: str) -> Tensor:
     """The start of `count` seeds, shape (count, 1, 8, 8), float64: picture k is the same in every figure of a process."""
     noise = torch.randn(count, 64, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
-    return (noise * (SIGMA_MAX if process == "ve" else 1.0)).reshape(count, 1, 8, 8)
+    return (noise * high(process)).reshape(count, 1, 8, 8)
+
+
+def high(process: str) -> float:
+    """The first sigma of every schedule."""
+    return SIGMA_MAX if process == "ve" else 1.0
 
 
 def schedule(process: str, steps: int) -> Tensor:
+    """The process's schedule of the whole page, shape (steps + 1,)."""
     return karras(steps) if process == "ve" else flow_schedule(steps)
 
 
@@ -115,18 +124,20 @@ class Work:
     def parts(self) -> List[Tuple[str, int, Callable[[], Shown]]]:
         """(description, model calls, what computes it) of every figure, in the page's order."""
         size = self.size
-        error = 4 * sum(size.error_steps) + 4 * (size.fine + size.fine // 2)
+        error = {process: len(SOLVERS) * sum(size.error_steps) + 4 * sum(
+            sum(fine_steps(process, high(process), self.ends(process), n)) for n in (size.fine, size.fine // 2))
+            for process in ("ve", "flow")}
         return [
             ("presets, ve", len(ersde.PRESETS) * sum(size.steps), lambda: self.presets("ve", tuple(ersde.PRESETS))),
             ("presets, flow", len(FLOW_PRESETS) * sum(size.steps), lambda: self.presets("flow", FLOW_PRESETS)),
-            ("guidance", len(GUIDED_PRESETS) * len(size.guidance) * 10, self.guidance),
+            ("guidance", len(GUIDED) * len(size.guidance) * 10, self.guidance),
             ("eta and s_noise", 4 * len(size.sweep) * 20, self.sweep),
             ("noise scales", 0, self.noise_scales),
             ("noise per step, ve", 0, lambda: self.injected("ve")),
             ("noise per step, flow", 0, lambda: self.injected("flow")),
             ("weights", 0, self.weights),
-            ("error, ve", error, lambda: self.error("ve")),
-            ("error, flow", error, lambda: self.error("flow")),
+            ("error, ve", error["ve"], lambda: self.error("ve")),
+            ("error, flow", error["flow"], lambda: self.error("flow")),
         ]
 
     def presets(self, process: str, names: Sequence[str]) -> Tuple[Shown, object]:
@@ -135,24 +146,27 @@ class Work:
         image = pictures.grid(cells, names, [str(n) for n in steps], "steps")
         return Shown(
             f"presets_{process}.png", f"Presets by number of steps, {process}",
-            "Follow a row: a preset without noise (ode, few_steps) settles on one picture per seed within a few steps, one "
-            "with noise goes on to other pictures; grey smears mark too few steps.",
-            f"{settings_of(process)}. Four seeds, the same start noise in every cell.",
+            "Follow a row: a preset without noise (ode, few_steps) settles on one picture per seed as steps grow; one with "
+            "noise draws other noise for other sigmas, so its pictures change along the row. Grey smears to the left mark "
+            "too few steps.",
+            f"{settings_of(process)}. Four seeds, the same start noise in every cell. The stochastic windows of flat and "
+            "texture are counted in steps.",
             f"A table of generated handwritten digits: {len(names)} presets in rows, {len(steps)} numbers of steps from "
             f"{steps[0]} to {steps[-1]} in columns, four digits in each cell."), image
 
     def guidance(self) -> Tuple[Shown, object]:
         cells = []
-        for name in GUIDED_PRESETS:
-            cells.append([self.preset(name, 10, "ve", 4, digits("ve", STD, scale, 3)) for scale in self.size.guidance])
-        image = pictures.grid(cells, GUIDED_PRESETS, [f"{scale:g}" for scale in self.size.guidance], "guidance", 10)
+        models = [digits("ve", STD, scale, 3) for scale in self.size.guidance]
+        for preset in GUIDED.values():
+            cells.append([self.preset(preset, 10, "ve", 4, model) for model in models])
+        image = pictures.grid(cells, tuple(GUIDED), [f"{scale:g}" for scale in self.size.guidance], "guidance", 10)
         return Shown(
             "guidance.png", "Guidance towards the digit 3",
             "Strong guidance over few steps is the hardest case for a multistep solver: look for smears and blotches to "
-            "the right.",
+            "the right. The last two rows are the same noise scale with this pack's solver and with comfyui's formulas.",
             f"{settings_of('ve')}, 10 steps; D = D_all + guidance (D_3 - D_all). Four seeds, the same start noise in every "
             "cell.",
-            f"A table of generated digits: {len(GUIDED_PRESETS)} presets in rows, guidance {self.size.guidance[0]:g} to "
+            f"A table of generated digits: {len(GUIDED)} settings in rows, guidance {self.size.guidance[0]:g} to "
             f"{self.size.guidance[-1]:g} in columns."), image
 
     def sweep(self) -> Tuple[Shown, object]:
@@ -165,14 +179,16 @@ class Work:
                 cells.append([pictures_[:4] for pictures_ in made])
                 notes.append([f"{self.models['ve'].nearest(p).median().item():.3f}" for p in made])
         image = pictures.grid(cells, rows, [f"{v:g}" for v in values], "value", 10, notes=notes)
+        model = self.models["ve"]
+        exact = model.nearest(model.data(1000, torch.Generator().manual_seed(SEED))).median().item()
         return Shown(
             "sweep.png", "eta and s_noise",
-            "eta turns the noise scale from the ODE (0) to the function as published (1) and beyond without hurting the "
-            "statistics; s_noise other than 1 adds too little or too much noise for what the step takes away, so pictures "
-            "come out too clean or grainy.",
+            "eta turns the noise scale from the ODE (0) to the function as published (1) and beyond, and the numbers under "
+            "the cells should stay level; s_noise other than 1 adds too little or too much noise for what the step takes "
+            "away, so they should fall to the left and rise to the right.",
             f"{settings_of('ve')}, 20 steps. Under each cell: the RMS distance per pixel to the nearest of the "
-            f"{len(self.models['ve'].means)} data pictures, median over {count} seeds; perfect samples have about {STD:g}, "
-            "the model's own spread around each picture. The four pictures are the first four of these seeds.",
+            f"{len(model.means)} data pictures, median over {count} seeds; for 1000 exact samples of the model it is "
+            f"{exact:.3f}. The four pictures are the first four of these seeds.",
             "A table of generated digits: eta and s_noise of the presets sde_5 and sde in rows, values "
             f"{values[0]:g} to {values[-1]:g} in columns."), image
 
@@ -204,12 +220,17 @@ class Work:
             f"{settings_of('ve')}, 20 steps, noise scale sde_5, order 3 with corrector.",
             "Bars of the weights of 20 steps on the newest and on earlier evaluations, and the order of each step."), image
 
+    def ends(self, process: str) -> List[float]:
+        """The last sigma above 0 of every schedule of the error figure, falling."""
+        return sorted({schedule(process, n)[-2].item() for n in self.size.error_steps}, reverse=True)
+
     def error(self, process: str) -> Tuple[Shown, object]:
-        size, model, count = self.size, self.models[process], self.size.measure
+        size, model, count = self.size, self.models[process], self.size.error_seeds
         x = start_noise(count, process)
-        high, low = (SIGMA_MAX, SIGMA_MIN) if process == "ve" else (1.0, FLOW_LOW)
-        # The last step returns D at `low` in every run, so the fine solution ends there as well.
-        fine, coarse = (fine_solution(model, x, high, low, n, lambda: self.tick(4)) for n in (size.fine, size.fine // 2))
+        # Every run returns D at its last sigma above 0, so the fine solution is read off there as well.
+        ends = self.ends(process)
+        fine, coarse = (dict(zip(ends, fine_solution(model, x, high(process), ends, n, self.tick)))
+                        for n in (size.fine, size.fine // 2))
 
         def median(a: Tensor, b: Tensor) -> float:
             return ((a - b).flatten(1) ** 2).mean(1).sqrt().median().item()
@@ -218,22 +239,23 @@ class Work:
         for name, options in SOLVERS.items():
             errors[name] = []
             for n in size.error_steps:
-                sigmas = karras(n) if process == "ve" else flow_schedule(n, FLOW_LOW)
+                sigmas = schedule(process, n)
                 out = ersde.sample_er_sde(model, x, sigmas, disable=True, eta=0.0, order=3, process=process, **options)
-                errors[name].append(median(out, fine))
+                errors[name].append(median(out, fine[sigmas[-2].item()]))
                 self.tick(n)
-        where = "Karras schedule" if process == "ve" else f"schedule of shift 3, last sigma {FLOW_LOW:g}"
+        check = max(median(fine[end], coarse[end]) for end in ends)
         table = [["steps", *SOLVERS]]
         for i, n in enumerate(size.error_steps):
             if n in size.table:
                 table.append([str(n), *(f"{values[i]:.2g}" for values in errors.values())])
         return Shown(
             f"error_{process}.png", f"Error by number of steps, {process}",
-            "Lower is better; a steeper line gains more from every further step.",
-            f"ODE member (eta = 0), order 3, float64, {where}. Plotted: the median over {count} seeds of each picture's RMS "
-            f"difference per pixel to a fine solution of the same ODE from the same start (RK4, {size.fine} steps, which "
-            f"differs from one of {size.fine // 2} steps by {median(fine, coarse):.1e} in the same measure). The median, "
-            "because a mean would mostly count the few seeds that end at another digit.",
+            "Lower is better; a steeper line gains more from every further step. A dip at one number of steps can be "
+            "an error that changes its sign there.",
+            f"ODE member (eta = 0), order 3, float64. {settings_of(process)}. Plotted: the median over {count} seeds of each "
+            "picture's RMS difference per pixel to a fine solution of the same ODE, from the same start to the same last "
+            f"sigma (RK4, {size.fine} steps per unit of log sigma; with half as many it differs by at most {check:.1e} in "
+            "the same measure). The median, because a mean would mostly count the few seeds that end at another digit.",
             f"Error against number of steps on logarithmic axes for {len(SOLVERS)} solvers.",
             table=table, notes=compare(size.error_steps, errors)), plot.to_image(error_figure(size.error_steps, errors))
 
@@ -262,8 +284,9 @@ def error_figure(steps: Sequence[int], errors: Dict[str, List[float]]):
     looks = (("#0072b2", "-", "o"), ("#56b4e9", "-", "s"), ("#009e73", "--", "^"), ("#d55e00", "-", "x"))
     for (name, values), (colour, dash, marker) in zip(errors.items(), looks):
         axis.plot(steps, values, color=colour, linestyle=dash, marker=marker, linewidth=2, label=name)
-    ends = [errors["exact, order 3"][-1] * (steps[-1] / n) ** 3 for n in (steps[-3], steps[-1])]
-    axis.plot((steps[-3], steps[-1]), [0.4 * value for value in ends], color="#888888", linewidth=1, linestyle=":",
+    start = steps[max(0, len(steps) - 3)]
+    ends = [errors["exact, order 3"][-1] * (steps[-1] / n) ** 3 for n in (start, steps[-1])]
+    axis.plot((start, steps[-1]), [0.4 * value for value in ends], color="#888888", linewidth=1, linestyle=":",
               label="slope of order 3")
     axis.set_xscale("log")
     axis.set_yscale("log")

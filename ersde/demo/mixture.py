@@ -61,8 +61,14 @@ class Mixture:
             centre = centre + self.guidance * (logit[:, keep].softmax(1) @ means[keep] - centre)
         return ((alpha * self.std ** 2 / var) * flat + (sigma ** 2 / var) * centre).reshape(x.shape)
 
+    def data(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` exact samples of x_0, shape (count, dim), float64."""
+        pick = torch.randint(len(self.means), (count,), generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means.double()[pick] + self.std * noise
+
     def nearest(self, x: Tensor) -> Tensor:
-        """RMS distance per pixel of each picture to the nearest mean, shape (batch,).  For perfect samples: about std."""
+        """RMS distance per pixel of each picture to the nearest mean, shape (batch,)."""
         flat = x.reshape(x.shape[0], -1)
         return torch.cdist(flat, self.means.to(flat)).min(1).values / flat.shape[1] ** 0.5
 
@@ -98,6 +104,15 @@ def flow_schedule(steps: int, low: Optional[float] = None, shift: float = FLOW_S
     return torch.cat([shift * time / (1 + (shift - 1) * time), time.new_zeros(1)])
 
 
+_SHIFT = {"ve": 0.0, "flow": 0.05}
+
+
+def fine_steps(process: str, high: float, lows: Sequence[float], steps: int) -> List[int]:
+    """How many RK4 steps `fine_solution` takes to each of `lows`."""
+    at = [math.log(sigma + _SHIFT[process]) for sigma in (high, *lows)]
+    return [max(1, math.ceil((a - b) * steps)) for a, b in zip(at, at[1:])]
+
+
 def fine_solution(model: Mixture, x: Tensor, high: float, lows: Sequence[float], steps: int,
                   tick: Callable[[int], None] = lambda calls: None) -> List[Tensor]:
     """The probability flow from x at sigma `high` to each of `lows`, then D there: classical RK4 in float64.
@@ -116,7 +131,7 @@ def fine_solution(model: Mixture, x: Tensor, high: float, lows: Sequence[float],
     """
     x = x.double()
     batch = x.shape[0]
-    shift = 0.05 if model.process == "flow" else 0.0
+    shift = _SHIFT[model.process]
 
     def slope(x: Tensor, u: float) -> Tensor:
         # Rounding must not lead above sigma = 1.
@@ -125,9 +140,8 @@ def fine_solution(model: Mixture, x: Tensor, high: float, lows: Sequence[float],
 
     out = []
     at = math.log(high + shift)
-    for low in lows:
+    for low, count in zip(lows, fine_steps(model.process, high, lows, steps)):
         end = math.log(low + shift)
-        count = max(1, math.ceil((at - end) * steps))
         h = (end - at) / count
         for i in range(count):
             u = at + i * h

@@ -78,8 +78,8 @@ def page(figures: Sequence[Shown], count: int, facts: Sequence[Tuple[str, str]])
 <h1>ER-SDE samplers at work</h1>
 <p>Each picture below was sampled from noise by this pack's solver. The model is exact: {count} handwritten digits of
 8&#8239;&times;&#8239;8 pixels, with a little Gaussian spread around each, form a mixture whose denoiser is known in closed
-form. So whatever looks wrong is the sampler's doing, and errors can be measured.</p>
-<p class="quiet">Pictures are enlarged with bicubic interpolation. An exact model has no faults of its own that noise could
+form. So blur, grain and blotches are the sampler's doing, not a network's, and its errors can be measured.</p>
+<p class="quiet">Pictures are enlarged with bicubic interpolation; some of the originals are hard to read as well. An exact model has no faults of its own that noise could
 smooth over: how a preset looks with a trained network is for your own eyes to judge.</p>
 <nav aria-label="Figures"><ol>
 {links}</ol></nav>

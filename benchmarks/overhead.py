@@ -1,0 +1,131 @@
+"""What a sampler costs outside the model: torch operations, device read-backs and time per step, ours beside k-diffusion's.
+
+    python -m benchmarks.overhead [--steps 20] [--shape 1 4 64 64] [--repeats 100] [--json FILE]
+
+The model and the noise return tensors made beforehand, so every operation counted is the sampler's own.  Operations are
+the outermost aten calls that the torch profiler sees; a read-back is a call that brings a number from the device to Python
+(item, a branch on a tensor).  Times are medians over the repeats, which take the samplers in turns, with the 95 % interval
+of the median by bootstrap; the ratios are what to read on a machine with other work.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Callable, Dict
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import ersde
+
+READ_BACKS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+
+
+class Canned:
+    """A model that does nothing: it returns tensors made beforehand, one after the other."""
+
+    def __init__(self, x: torch.Tensor, steps: int):
+        self.out = [torch.randn_like(x) for _ in range(2 * steps + 2)]
+        self.noise = [torch.randn_like(x) for _ in range(2 * steps + 2)]
+        self.reset()
+
+    def reset(self) -> None:
+        self.at = self.drawn = 0
+
+    def __call__(self, x, sigma, **_):
+        self.at += 1
+        return self.out[self.at - 1]
+
+    def draw(self, sigma, sigma_next):
+        self.drawn += 1
+        return self.noise[self.drawn - 1]
+
+
+def samplers() -> Dict[str, Callable]:
+    """Name -> function(model, x, sigmas, noise_sampler): ours by method, and the peers that are installed."""
+    def ours(**kw):
+        return lambda model, x, sigmas, noise: ersde.sample_er_sde(model, x, sigmas, disable=True, process="ve",
+                                                                   noise_sampler=noise, **kw)
+
+    found = {"ersde exact": ours(), "ersde exact, ODE": ours(eta=0.0), "ersde exact, no corrector": ours(corrector=False),
+             "ersde exact, order 5": ours(order=5), "ersde comfyui": ours(method="comfyui")}
+    try:
+        from k_diffusion import sampling
+    except ImportError:
+        print("k_diffusion is not installed: no peers (python install.py test installs it)")
+        return found
+    for name, noisy in (("euler", False), ("euler_ancestral", True), ("dpmpp_2m", False), ("dpmpp_2m_sde", True),
+                        ("dpmpp_3m_sde", True), ("lms", False)):
+        function = getattr(sampling, f"sample_{name}")
+        found[f"k-diffusion {name}"] = (
+            lambda model, x, sigmas, noise, f=function, noisy=noisy:
+            f(model, x, sigmas, disable=True, **({"noise_sampler": noise} if noisy else {})))
+    return found
+
+
+def count(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tensor) -> Dict[str, float]:
+    """Outermost operations and read-backs of one run, per step."""
+    steps = len(sigmas) - 1
+    model.reset()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function(model, x, sigmas, model.draw)
+    events = profiler.events()
+    outer = [e for e in events if e.name.startswith("aten::") and (
+        e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::"))]
+    backs = [e for e in events if e.name == "aten::_local_scalar_dense"] + [e for e in outer if e.name == "aten::equal"]
+    return {"operations": len(outer) / steps, "read_backs": len(backs) / steps}
+
+
+def measure(steps: int = 20, shape=(1, 4, 64, 64), repeats: int = 100) -> Dict[str, Dict[str, float]]:
+    """Operations, read-backs and microseconds per step of every sampler, in one run, turn by turn."""
+    x = torch.randn(shape)
+    sigmas = torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)])
+    model = Canned(x, steps)
+    found = samplers()
+    rows = {name: count(function, model, x, sigmas) for name, function in found.items()}
+    times = {name: [] for name in found}
+    for _ in range(repeats):
+        for name, function in found.items():
+            model.reset()
+            start = time.perf_counter()
+            function(model, x, sigmas, model.draw)
+            times[name].append((time.perf_counter() - start) / steps * 1e6)
+    rng = np.random.default_rng(0)
+    for name, values in times.items():
+        medians = np.median(rng.choice(values, (1000, len(values))), axis=1)
+        rows[name].update(microseconds=statistics.median(values), low=float(np.quantile(medians, 0.025)),
+                          high=float(np.quantile(medians, 0.975)))
+    base = rows["ersde exact"]["microseconds"]
+    for row in rows.values():
+        row["ratio"] = row["microseconds"] / base
+    return rows
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--shape", type=int, nargs="+", default=[1, 4, 64, 64])
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--json", help="also write the numbers to this file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = measure(args.steps, args.shape, args.repeats)
+    print(f"{args.steps} steps, x of shape {tuple(args.shape)}, float32, CPU, 1 thread, torch {torch.__version__}, "
+          f"{args.repeats} repeats in turns; setting up the run is included\n")
+    print("| sampler | operations per step | read-backs per step | microseconds per step (95 %) | ratio |")
+    print("|---|---|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['operations']:.1f} | {row['read_backs']:.2f} | {row['microseconds']:.0f} "
+              f"({row['low']:.0f} to {row['high']:.0f}) | {row['ratio']:.2f} |")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"steps": args.steps, "shape": args.shape, "repeats": args.repeats, "torch": torch.__version__,
+                       "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

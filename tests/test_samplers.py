@@ -1,0 +1,222 @@
+"""The public functions: signature, bad input, what a host sees of a run."""
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import gaussian, karras, separated
+
+import ersde
+from ersde.hosts import percent_to_sigma, read_process
+
+ROOT = Path(__file__).parents[1]
+X = torch.full((2, 4), 10.0)
+
+
+def sample(sigmas=None, x=X, model=None, **kw):
+    sigmas = karras(6).float() if sigmas is None else sigmas
+    return ersde.sample_er_sde(model or gaussian(), x, sigmas, disable=True, **kw)
+
+
+def test_signature_is_the_contract():
+    assert str(inspect.signature(ersde.sample_er_sde)) == (
+        "(model, x, sigmas, extra_args=None, callback=None, disable=None, *, eta=1.0, s_noise=1.0, noise_sampler=None, "
+        "noise_scale='sde_5', order=3, corrector=True, method='exact', process=None)")
+
+
+def test_preset_functions_show_their_settings():
+    parameters = inspect.signature(ersde.sample_er_sde_flat).parameters
+    assert list(parameters)[:6] == ["model", "x", "sigmas", "extra_args", "callback", "disable"]
+    assert parameters["eta"].default == ersde.PRESETS["flat"].eta
+    with pytest.raises(TypeError, match="unknown field 'etta'"):
+        ersde.sample_er_sde_flat(gaussian(), X, karras(4), etta=1)
+
+
+def test_the_library_imports_no_host():
+    code = ("import sys, ersde, ersde.hosts; bad = {'comfy', 'modules', 'k_diffusion', 'matplotlib', 'sklearn', 'PIL'} "
+            "& set(sys.modules); sys.exit(repr(bad) if bad else 0)")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(noise_scale="sde_7"), ValueError, ["noise_scale", "sde_7", "sde_5", "did you mean"]),
+    (dict(noise_scale=3), TypeError, ["noise_scale", "3", "callable"]),
+    (dict(method="fast"), ValueError, ["method", "fast", "exact"]),
+    (dict(process="vp"), ValueError, ["process", "vp", "flow"]),
+    (dict(eta=-0.1), ValueError, ["eta", "-0.1", "at least 0"]),
+    (dict(eta=float("nan")), ValueError, ["eta", "nan", "finite"]),
+    (dict(eta=float("inf")), ValueError, ["eta", "inf", "finite"]),
+    (dict(eta="1"), TypeError, ["eta", "'1'", "number"]),
+    (dict(eta=True), TypeError, ["eta", "True", "number"]),
+    (dict(s_noise=-1), ValueError, ["s_noise", "-1", "at least 0"]),
+    (dict(s_noise=float("nan")), ValueError, ["s_noise", "nan", "finite"]),
+    (dict(order=0), ValueError, ["order", "0", "between 1 and 5"]),
+    (dict(order=6), ValueError, ["order", "6", "between 1 and 5"]),
+    (dict(order=4, method="paper"), ValueError, ["order", "4", "between 1 and 3"]),
+    (dict(order=2.5), TypeError, ["order", "2.5", "whole number"]),
+    (dict(corrector=1), TypeError, ["corrector", "1", "True or False"]),
+    (dict(x=torch.zeros(2, 4, dtype=torch.int64)), TypeError, ["x", "int64", "floating"]),
+    (dict(x=torch.zeros(())), ValueError, ["x", "batch"]),
+    (dict(x=[1.0]), TypeError, ["x", "list"]),
+    (dict(sigmas=torch.ones(2, 3)), ValueError, ["sigmas", "1-D", "(2, 3)"]),
+    (dict(sigmas=torch.tensor([3.0, float("nan"), 0.0])), ValueError, ["sigmas", "finite", "nan", "index 1"]),
+    (dict(sigmas=torch.tensor([float("inf"), 1.0])), ValueError, ["sigmas", "finite", "inf", "index 0"]),
+    (dict(sigmas=torch.tensor([3.0, 1.0, -1.0])), ValueError, ["sigmas", "negative", "-1", "index 2"]),
+    (dict(sigmas=torch.tensor([3.0, 1.0, 2.0, 0.0])), ValueError, ["sigmas", "descending", "1 -> 2", "index 1"]),
+    (dict(sigmas=torch.tensor([1.0, 2.0, 3.0])), ValueError, ["sigmas", "inversion", "eta=0", "sde_5"]),
+    (dict(sigmas=torch.tensor([0.0, 2.0, 3.0]), eta=0), ValueError, ["sigmas", "above 0"]),
+    (dict(sigmas="karras"), TypeError, ["sigmas", "str"]),
+    (dict(sigmas=torch.tensor([1.5, 1.0, 0.0]), process="flow"), ValueError, ["sigmas", "at most 1", "1.5"]),
+    (dict(noise_scale=lambda lam: lam ** 0.5), ValueError, ["noise_scale", "must not fall", "lambda"]),
+    (dict(noise_scale=lambda lam: -lam), ValueError, ["noise_scale", "positive"]),
+    (dict(noise_scale=lambda lam: 1.0), TypeError, ["noise_scale", "tensor", "shape"]),
+])
+def test_bad_input_is_named(change, error, words):
+    model = gaussian()
+    with pytest.raises(error) as info:
+        sample(model=model, **change)
+    for word in words:
+        assert word in str(info.value)
+    assert model.calls == 0         # refused before the first model call
+
+
+@pytest.mark.parametrize("sigmas", [torch.zeros(0), torch.tensor([3.0]), torch.tensor([0.0]), torch.tensor([0.0, 0.0])])
+def test_too_short_a_schedule_returns_x(sigmas):
+    model = gaussian()
+    assert sample(sigmas, model=model) is X and model.calls == 0
+
+
+def test_nan_names_the_first_step_and_sigma():
+    sigmas = karras(8).float()
+    for bad in (0, 3, 7):
+        calls = []
+
+        def model(x, sigma):
+            calls.append(sigma)
+            out = 0.5 * x
+            if len(calls) == bad + 1:
+                out[1, 2] = float("nan")
+            return out
+
+        with pytest.raises(FloatingPointError) as info:
+            sample(sigmas, model=model, extra_args={})
+        assert f"step {bad} of 8" in str(info.value) and f"sigma = {sigmas[bad].item():.6g}" in str(info.value)
+
+
+def test_nan_in_the_noise_shows_up_in_the_next_evaluation():
+    with pytest.raises(FloatingPointError, match="step 1 of 6.*or the noise of the step before"):
+        sample(noise_sampler=lambda *_: torch.full_like(X, float("nan")))
+
+
+def test_overflow_of_the_state_is_not_blamed_on_the_model():
+    with pytest.raises(FloatingPointError, match="every evaluation was finite.*float16"):
+        sample(torch.tensor([60000.0, 50000.0]), x=X.half(), s_noise=100.0, noise_scale="sde")
+
+
+def test_x_is_never_written_to_nor_what_the_callback_saw():
+    x = torch.randn(2, 4) * 14
+    before = x.clone()
+    seen = []
+    model = separated(dim=4)
+    out = ersde.sample_er_sde(model, x, karras(8).float(), {"seed": 1}, disable=True, callback=lambda info: seen.append(
+        (info["x"], info["x"].clone(), info["denoised"], info["denoised"].clone())))
+    assert torch.equal(x, before) and len(seen) == 8
+    for state, copy, denoised, denoised_copy in seen:
+        assert torch.equal(state, copy) and torch.equal(denoised, denoised_copy)
+    assert out is not x
+
+
+def test_callback_is_k_diffusions():
+    sigmas = karras(5).float()
+    seen = []
+    sample(sigmas, callback=seen.append)
+    assert [info["i"] for info in seen] == [0, 1, 2, 3, 4]
+    for info, sigma in zip(seen, sigmas):
+        assert set(info) == {"x", "i", "sigma", "sigma_hat", "denoised"}
+        assert info["sigma"] == sigma and info["sigma_hat"] == sigma and info["denoised"].shape == X.shape
+
+
+def test_model_sees_sigma_per_image_in_x_dtype():
+    seen = []
+
+    def model(x, sigma, **kw):
+        seen.append((sigma, kw))
+        return 0.5 * x
+
+    sample(karras(3).float(), x=X.double(), model=model, extra_args={"cond": 1})
+    assert all(sigma.shape == (2,) and sigma.dtype == torch.float64 and kw == {"cond": 1} for sigma, kw in seen)
+
+
+def test_one_model_call_per_step_and_repeated_or_trailing_zero_sigmas():
+    for sigmas, calls in (([8, 4, 4, 1, 0], 4), ([8, 8, 8, 0], 3), ([8, 4, 0, 0, 0], 2), ([8, 4, 1], 2)):
+        model = gaussian()
+        out = sample(torch.tensor(sigmas, dtype=torch.float32), model=model)
+        assert model.calls == calls and torch.isfinite(out).all()
+
+
+def test_error_in_callback_or_model_passes_through():
+    def stop(info):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(callback=stop)
+
+
+def test_same_seed_same_picture_and_the_global_generator_is_left_alone():
+    model = separated(dim=4)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    a = sample(model=model, extra_args={"seed": 4})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(a, sample(model=model, extra_args={"seed": 4}))
+    assert not torch.equal(a, sample(model=model, extra_args={"seed": 5}))
+    torch.manual_seed(0)
+    b = sample(model=model)
+    torch.manual_seed(0)
+    assert torch.equal(b, sample(model=model)) and not torch.equal(a, b)
+
+
+def test_no_gradient_is_kept():
+    x = X.clone().requires_grad_()
+    assert not sample(x=x).requires_grad
+
+
+class CONST:
+    """Stands for the host's class: told by its name."""
+
+
+class Shifted(CONST):
+    @staticmethod
+    def percent_to_sigma(percent):
+        return 1.0 - percent ** 2
+
+
+class Thing:
+    def __init__(self, **kw):
+        self.__dict__.update(kw)
+
+
+def comfy(sampling):
+    return Thing(inner_model=Thing(model_patcher=Thing(get_model_object=lambda name: {"model_sampling": sampling}[name])))
+
+
+def test_process_is_read_off_the_hosts_model():
+    assert read_process(comfy(Shifted())) == "flow"
+    assert read_process(comfy(Thing())) == "ve"
+    unet = Thing(model=Thing(model_sampling=Shifted()))
+    assert read_process(Thing(inner_model=Thing(inner_model=Thing(forge_objects=Thing(unet=unet))))) == "flow"
+    for kind, process in (("const", "flow"), ("epsilon", "ve")):
+        assert read_process(Thing(inner_model=Thing(predictor=Thing(prediction_type=kind)))) == process
+    assert read_process(Thing(inner_model=Thing(inner_model=Thing(add_noise_to_latent=None)))) == "flow"
+    assert read_process(gaussian()) == "ve"
+
+
+def test_window_is_read_off_the_hosts_model():
+    sigmas = karras(10).numpy()
+    assert percent_to_sigma(comfy(Shifted()), sigmas, 0.5) == 0.75
+    table = Thing(inner_model=Thing(sigmas=torch.linspace(0, 10, 11)))
+    assert percent_to_sigma(table, sigmas, 0.25) == pytest.approx(7.5)
+    assert percent_to_sigma(gaussian(), sigmas, 0.5) == pytest.approx(sigmas[5])
+    assert percent_to_sigma(gaussian(), sigmas, 0.0) == float("inf") and percent_to_sigma(gaussian(), sigmas, 1.0) == 0.0
