@@ -1,7 +1,7 @@
 """Figures of what the solver does: noise scales, noise per step, weights per step.  No host is needed.
 
-Each function returns a `matplotlib.figure.Figure` with an Agg canvas; pyplot and its global state are never used, so that
-a host may call these from any thread.  `to_image` turns a figure into a picture for a host's image socket.
+Each function returns a `matplotlib.figure.Figure` with an Agg canvas; pyplot and its global state are never used, so
+that a host may call these from any thread.  `to_image` turns a figure into a picture for a host's image socket.
 """
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _style(scale: NoiseScale, index: int) -> dict:
 
 
 def plot_noise_scales(names: Optional[Iterable] = None, eta: float = 1.0, lam: Tuple[float, float] = (0.01, 100.0)):
-    """g(lambda)^eta = phi_eta / lambda of noise scale functions against lambda, each divided by its value at lambda = 1.
+    """g(lambda)^eta = phi_eta / lambda of noise scale functions against lambda, each divided by its value at 1.
 
     The left axes are logarithmic both ways; the right ones show the range 0.75 to 1.75 on a linear axis, where the
     functions that add little noise can be told apart.  A steeper curve adds more noise over the same step.
@@ -150,8 +150,8 @@ def plot_injected_noise(sigmas, names: Optional[Iterable] = None, process="ve", 
     """The noise that each step adds on a schedule, per noise scale function.
 
     Left: the standard deviation sigma_t sqrt(1 - rho^2) s_noise that step number i adds, in x's units, on a logarithmic
-    axis (steps that add none are left out).  Right: the share of the variance of the noise at sigma_t that is new in the
-    step, 1 - rho^2, from 0 (ODE) to 1 (all of it).
+    axis (steps that add none are left out).  Right: the share of the variance of the noise at sigma_t that is new in
+    the step, 1 - rho^2, from 0 (ODE) to 1 (all of it).
 
     Args:
         sigmas: shape (steps + 1,), as for the sampler.
@@ -200,9 +200,9 @@ def plot_injected_noise(sigmas, names: Optional[Iterable] = None, process="ve", 
 def plot_weights(plan: Plan, title: str = ""):
     """A plan's weights: what each step multiplies the state, the evaluations of the denoiser and the noise by.
 
-    From the top: one bar per evaluation of the denoiser D that the step uses, lag 0 being the newest (the corrector's share
-    is merged in), and the state's factor as dots; the noise's factor on a logarithmic axis, where a step adds any; how many
-    evaluations the step's predictor interpolates (with the corrector one more than the order, once there are as many).
+    From the top: one bar per evaluation of the denoiser D that the step uses, newest first (the corrector's share is
+    merged in), and the state's factor as dots; the noise's factor on a logarithmic axis, where a step adds any; how
+    many evaluations the step's predictor interpolates.
 
     Args:
         plan: of `ersde.weights.make_plan` or `make_plot_plan`.
@@ -227,13 +227,14 @@ def plot_weights(plan: Plan, title: str = ""):
         weight = [dict(step.denoised).get(lag, 0.0) for step in steps]
         top.bar(number + (k - (len(lags) - 1) / 2) * width, weight, width, color=colours[k % len(colours)],
                 label="D, newest" if lag == 0 else f"D, {lag} before")
-    top.plot(number, [step.x_scale for step in steps], "o-", color="#555555", linewidth=1.0, markersize=4, label="state x")
+    top.plot(number, [step.x_scale for step in steps], "o-", color="#555555", linewidth=1.0, markersize=4,
+             label="state x")
     top.axhline(0.0, color="#333333", linewidth=0.8)
     top.set_ylabel("weight")
     if noisy:
         middle = axes[1, 0]
-        middle.plot(number, [step.noise or np.nan for step in steps], "x-", color="#b00020", linewidth=1.0, markersize=6,
-                    label="noise z")
+        middle.plot(number, [step.noise or np.nan for step in steps], "x-", color="#b00020", linewidth=1.0,
+                    markersize=6, label="noise z")
         middle.set_yscale("log")
         middle.set_ylabel("noise")
     bottom.bar(number, plan.orders, 0.7, color="#7a8ca3")

@@ -101,6 +101,10 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
         sigmas, values = _offset_first(sigmas, values)
     plan = make_plan(values, process, scale, etas, s_noise, order, corrector, method)
+    widest = torch.finfo(x.dtype).max
+    if max(values.max(), *(step.noise for step in plan.steps)) > widest:
+        raise ValueError(f"x of dtype {x.dtype} holds numbers up to {widest:g}, too few for sigmas up to {values.max():g} "
+                         f"with s_noise={s_noise:g}")
     sigmas = torch.as_tensor(sigmas)
     extra_args = {} if extra_args is None else extra_args
     if noise_sampler is None:

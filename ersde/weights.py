@@ -184,21 +184,30 @@ class StepIntegrals:
             phi_t int 1 / phi - (lambda_s - lambda_t), and the same of (lambda - lambda_s) / phi.  Source: the vp_3
             solver of the official code (100 points) with ComfyUI's number of points.
         """
-        first, second = np.zeros(len(self.lam_s)), np.zeros(len(self.lam_s))
-        for i, (s, t) in enumerate(zip(self.lam_s, self.lam_t)):
-            if np.isinf(s):
-                continue        # no step of the published formulas starts there at order 2: D' is 0 across it
-            dlam = (s - t) / _RIEMANN_POINTS
-            lam = t + np.arange(_RIEMANN_POINTS) * dlam
-            ratio = np.exp(np.log(t) - np.log(lam) + self.eta[i] * (self.log_g_t[i] - self._log_g(lam)))
-            first[i] = ratio.sum() * dlam - (s - t)
-            second[i] = (ratio * (lam - s)).sum() * dlam + 0.5 * (s - t) ** 2
+        # At lambda_s = infinity no step of order 2 starts: D' is 0 across it, and the sum is not needed.
+        span = np.where(np.isinf(self.lam_s), 0.0, self.lam_s - self.lam_t)[:, None]
+        lam = self.lam_t[:, None] + np.arange(_RIEMANN_POINTS) * span / _RIEMANN_POINTS
+        log_phi = np.log(lam) + self.eta[:, None] * self._log_g(lam)
+        ratio = np.exp(log_phi[:, :1] - log_phi)
+        first = ratio.mean(1) * span[:, 0] - span[:, 0]
+        second = (ratio * (lam - self.lam_t[:, None] - span)).mean(1) * span[:, 0] + 0.5 * span[:, 0] ** 2
         return first, second
 
 
 def divided_difference(nodes: Sequence[float]) -> List[float]:
     """The weights of D[tau_0, ..., tau_k] on D(tau_0), ..., D(tau_k), for distinct nodes."""
-    return [1.0 / math.prod(a - b for j, b in enumerate(nodes) if j != i) for i, a in enumerate(nodes)]
+    weights: List[float] = [1.0]
+    for k in range(1, len(nodes)):
+        weights = _one_more(weights, nodes[:k], nodes[k])
+    return weights
+
+
+def _one_more(weights: Sequence[float], nodes: Sequence[float], new: float) -> List[float]:
+    """`divided_difference` of nodes and a new one, from that of the nodes."""
+    last = 1.0
+    for node in nodes:
+        last *= new - node
+    return [*(w / (node - new) for w, node in zip(weights, nodes)), 1.0 / last]
 
 
 @dataclass(frozen=True)
@@ -269,7 +278,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
 
     past = np.concatenate((process.lam(np.asarray(history, dtype=np.float64)), []))
     with np.errstate(divide="ignore"):
-        tau = (var.tau if exact else VARIABLES["lambda"].tau)(np.concatenate((past[::-1], lam)))
+        tau = (var.tau if exact else VARIABLES["lambda"].tau)(np.concatenate((past[::-1], lam))).tolist()
     first = len(past)           # the evaluation of step i is number first + i
 
     # The corrector drops the oldest node for the new one, so the predictor may use one more at no memory of its own.
@@ -277,7 +286,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
     nodes_of: Dict[int, List[int]] = {i: _distinct(tau, first + i, first + i + 1, most) for i in moving}
     grid = np.full((most, len(moving)), np.nan)
     for i in moving:
-        grid[:len(nodes_of[i]), row[i]] = tau[nodes_of[i]]
+        grid[:len(nodes_of[i]), row[i]] = [tau[e] for e in nodes_of[i]]
     # From lambda = infinity no polynomial in lambda leads on; the corrector draws a line in lambda / (1 + lambda) there.
     from_far: Dict[int, Dict[int, float]] = {}
     if np.isinf(lam[0]) and exact and n > 1 and 0 in row:
@@ -294,6 +303,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         else:
             newton = np.stack(integrals.riemann())
 
+    # Plain floats from here: numpy's scalars are slow one by one.
+    newton, alpha, sigmas_of = newton.T.tolist(), alpha.tolist(), sigmas.tolist()
+    log_rho, log_ratio = integrals.log_rho.tolist(), integrals.log_ratio.tolist()
     steps, orders = [], []
     correction: Dict[int, float] = {}       # evaluation number -> weight: what the new D changes in the state x
     slope: Dict[int, float] = {}            # the published formulas' D' of the step before, on evaluations
@@ -301,17 +313,17 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         now = first + i
         merged: Dict[int, float] = {}
         used, noise, x_scale = 1, 0.0, 1.0
-        if sigmas[i + 1] == 0:
+        if sigmas_of[i + 1] == 0:
             x_scale, merged, correction = 0.0, {now: 1.0}, {}
-        elif sigmas[i] != sigmas[i + 1] and i not in row:
+        elif sigmas_of[i] != sigmas_of[i + 1] and i not in row:
             # Inversion to sigma = 1 of a flow model, order 1: alpha_t (1 - lambda_t / lambda_s) -> -sigma_t / lambda_s.
-            x_scale, merged = sigmas[i + 1] / sigmas[i], {now: -sigmas[i + 1] / lam[i]}
+            x_scale, merged = sigmas_of[i + 1] / sigmas_of[i], {now: -sigmas_of[i + 1] / lam[i]}
         elif i in row:
             r = row[i]
-            rho = math.exp(integrals.log_rho[r])
-            x_scale = sigmas[i + 1] / sigmas[i] * rho
-            noise = s_noise * sigmas[i + 1] * math.sqrt(max(0.0, -math.expm1(2.0 * integrals.log_rho[r])))
-            coef = [-math.expm1(integrals.log_ratio[r]), *newton[:, r]]
+            rho = math.exp(log_rho[r])
+            x_scale = sigmas_of[i + 1] / sigmas_of[i] * rho
+            noise = s_noise * sigmas_of[i + 1] * math.sqrt(max(0.0, -math.expm1(2.0 * log_rho[r])))
+            coef = [-math.expm1(log_ratio[r]), *newton[r]]
             nodes = nodes_of[i]
             if exact:
                 weights, used = _predictor(coef, nodes, tau)
@@ -323,8 +335,8 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
             merged[e] = merged.get(e, 0.0) + x_scale * w
         correction = {}
         # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
-        if exact and (corrector or used < order) and i in row and i + 1 < n and sigmas[i + 2] > 0:
-            change = _corrector(coef, nodes[:used], now + 1, tau, order) if np.isfinite(tau[now]) else from_far[i]
+        if exact and (corrector or used < order) and i in row and i + 1 < n and sigmas_of[i + 2] > 0:
+            change = _corrector(coef, nodes[:used], now + 1, tau, order) if math.isfinite(tau[now]) else from_far[i]
             correction = {e: alpha[i + 1] * w for e, w in change.items()}
         steps.append(Step(float(x_scale), tuple((now - e, float(w)) for e, w in sorted(merged.items(), reverse=True)
                                                 if w != 0.0), float(noise)))
@@ -333,48 +345,47 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
     return Plan(sigmas, tuple(steps), tuple(orders), keep)
 
 
-def _distinct(tau: np.ndarray, now: int, nxt: int, order: int) -> List[int]:
+def _distinct(tau: Sequence[float], now: int, nxt: int, order: int) -> List[int]:
     """Up to `order` evaluation numbers, newest first, whose nodes are finite and apart; at least the newest."""
     out = [now]
-    if not np.isfinite(tau[now]):
+    if not math.isfinite(tau[now]):
         return out
     apart = _SAME * abs(tau[nxt] - tau[now])
     for e in range(now - 1, -1, -1):
-        if len(out) == order or not np.isfinite(tau[e]):
+        if len(out) == order or not math.isfinite(tau[e]):
             break
         if abs(tau[e] - tau[out[-1]]) > apart:
             out.append(e)
     return out
 
 
-def _predictor(coef: Sequence[float], nodes: Sequence[int], tau: np.ndarray) -> Tuple[Dict[int, float], int]:
+def _predictor(coef: Sequence[float], nodes: Sequence[int], tau: Sequence[float]) -> Tuple[Dict[int, float], int]:
     """The weights on the evaluations of the highest order that does not amplify, and that order."""
-    weights = {nodes[0]: coef[0]}
-    used = 1
-    total = dict(weights)
+    where = [tau[e] for e in nodes]
+    total, part, used = [coef[0]], [1.0], 1
     for k in range(1, len(nodes)):
-        part = divided_difference(tau[nodes[:k + 1]])
-        for e, d in zip(nodes, part):
-            total[e] = total.get(e, 0.0) + coef[k] * d
-        if sum(map(abs, total.values())) > _AMPLIFICATION[k] * abs(coef[0]):
+        part = _one_more(part, where[:k], where[k])
+        higher = [t + coef[k] * d for t, d in zip((*total, 0.0), part)]
+        if sum(map(abs, higher)) > _AMPLIFICATION[k] * abs(coef[0]):
             break
-        weights, used = dict(total), k + 1
-    return weights, used
+        total, used = higher, k + 1
+    return dict(zip(nodes, total)), used
 
 
-def _corrector(coef: Sequence[float], nodes: Sequence[int], new: int, tau: np.ndarray, order: int,
+def _corrector(coef: Sequence[float], nodes: Sequence[int], new: int, tau: Sequence[float], order: int,
                far=None) -> Dict[int, float]:
     """What the new evaluation changes: the polynomial through the newest `order` of `nodes` and the new one, less the
     predictor's through all of `nodes`; the terms below c_k are common to both."""
     k = min(len(nodes), order)
-    change = {e: coef[k] * d for e, d in zip((*nodes[:k], new), divided_difference(tau[[*nodes[:k], new]]))}
+    with_new = (*nodes[:k], new)
+    change = {e: coef[k] * d for e, d in zip(with_new, divided_difference([tau[e] for e in with_new]))}
     if len(nodes) > order:
-        for e, d in zip(nodes, divided_difference(tau[nodes])):
+        for e, d in zip(nodes, divided_difference([tau[e] for e in nodes])):
             change[e] = change.get(e, 0.0) - coef[k] * d
     return change
 
 
-def _published(coef: Sequence[float], nodes: Sequence[int], lam: np.ndarray,
+def _published(coef: Sequence[float], nodes: Sequence[int], lam: Sequence[float],
                before: Dict[int, float]) -> Tuple[Dict[int, float], Dict[int, float]]:
     """The weights of the published second and third order formulas, and their D' for the next step.
 

@@ -112,7 +112,13 @@ def test_nan_in_the_noise_shows_up_in_the_next_evaluation():
 
 def test_overflow_of_the_state_is_not_blamed_on_the_model():
     with pytest.raises(FloatingPointError, match="every evaluation was finite.*float16"):
-        sample(torch.tensor([60000.0, 50000.0]), x=X.half(), s_noise=100.0, noise_scale="sde")
+        sample(torch.tensor([60000.0, 50000.0]), x=X.half(), noise_scale="sde", model=lambda x, sigma: 0 * x,
+               noise_sampler=lambda *_: torch.full_like(X, 4.0).half())
+
+
+def test_a_dtype_too_narrow_for_the_schedule_is_named():
+    with pytest.raises(ValueError, match="float16.*sigmas.*100000"):
+        sample(torch.tensor([1e5, 9e4, 1.0]), x=X.half())
 
 
 def test_x_is_never_written_to_nor_what_the_callback_saw():

@@ -16,7 +16,7 @@ _MISSING = "the demo needs {}, which this Python does not have; `python install.
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ersde.demo",
-        description="Sample handwritten digits from an exact model with every preset, and write a page that shows them.")
+        description="Sample handwritten digits from an exact model with every preset and write a page that shows them.")
     parser.add_argument("--out", default="demo_out", metavar="DIR",
                         help="folder for the page and its pictures, made if it is not there (default: demo_out)")
     parser.add_argument("--quick", action="store_true", help="fewer steps and seeds: a few seconds, for a first look")
@@ -99,6 +99,6 @@ if __name__ == "__main__":
     except ImportError:
         pass            # main says so
     else:
-        # The model's tensors are small: more threads would only wait for each other.
-        torch.set_num_threads(min(4, torch.get_num_threads()))
+        # The model's tensors are small: more threads cost more than they gain.
+        torch.set_num_threads(1)
     sys.exit(main())

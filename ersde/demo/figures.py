@@ -79,7 +79,7 @@ class Shown:
 
 
 def start_noise(count: int, process: str) -> Tensor:
-    """The start of `count` seeds, shape (count, 1, 8, 8), float64: picture k is the same in every figure of a process."""
+    """The start of `count` seeds, shape (count, 1, 8, 8), float64: picture k is the same in every figure."""
     noise = torch.randn(count, 64, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
     return (noise * high(process)).reshape(count, 1, 8, 8)
 
@@ -146,26 +146,31 @@ class Work:
         image = pictures.grid(cells, names, [str(n) for n in steps], "steps")
         return Shown(
             f"presets_{process}.png", f"Presets by number of steps, {process}",
-            "Follow a row: a preset without noise (ode, few_steps) settles on one picture per seed as steps grow; one with "
-            "noise draws other noise for other sigmas, so its pictures change along the row. Grey smears to the left mark "
-            "too few steps.",
-            f"{settings_of(process)}. Four seeds, the same start noise in every cell. The stochastic windows of flat and "
-            "texture are counted in steps.",
-            f"A table of generated handwritten digits: {len(names)} presets in rows, {len(steps)} numbers of steps from "
-            f"{steps[0]} to {steps[-1]} in columns, four digits in each cell."), image
+            "Follow a row: a preset without noise (ode, few_steps) settles on one picture per seed as steps "
+            "grow; one with noise draws other noise for other sigmas, so its pictures change along the row. Grey "
+            "smears to the left mark too few steps.",
+            f"{settings_of(process)}. Four seeds, the same start noise in every cell. The stochastic windows of "
+            "flat and texture are counted in steps.",
+            f"A table of generated handwritten digits: {len(names)} presets in rows, {len(steps)} numbers of "
+            f"steps from {steps[0]} to {steps[-1]} in columns, four digits in each cell."), image
 
     def guidance(self) -> Tuple[Shown, object]:
-        cells = []
+        cells, notes = [], []
         models = [digits("ve", STD, scale, 3) for scale in self.size.guidance]
         for preset in GUIDED.values():
-            cells.append([self.preset(preset, 10, "ve", 4, model) for model in models])
-        image = pictures.grid(cells, tuple(GUIDED), [f"{scale:g}" for scale in self.size.guidance], "guidance", 10)
+            made = [self.preset(preset, 10, "ve", self.size.measure, model) for model in models]
+            cells.append([sample[:4] for sample in made])
+            notes.append([f"{model.nearest(sample).median().item():.3f}" for model, sample in zip(models, made)])
+        image = pictures.grid(cells, tuple(GUIDED), [f"{scale:g}" for scale in self.size.guidance], "guidance", 10,
+                              notes=notes)
         return Shown(
             "guidance.png", "Guidance towards the digit 3",
-            "Strong guidance over few steps is the hardest case for a multistep solver: look for smears and blotches to "
-            "the right. The last two rows are the same noise scale with this pack's solver and with comfyui's formulas.",
-            f"{settings_of('ve')}, 10 steps; D = D_all + guidance (D_3 - D_all). Four seeds, the same start noise in every "
-            "cell.",
+            "Strong guidance over few steps is the hardest case for a multistep solver: look for smears and "
+            "blotches to the right. The last two rows are the same noise scale with this pack's solver and with "
+            "comfyui's formulas.",
+            f"{settings_of('ve')}, 10 steps; D = D_all + guidance (D_3 - D_all). Under each cell: the RMS distance "
+            f"per pixel to the nearest data picture, median over {self.size.measure} seeds, of which the first four are "
+            "shown; the same start noise in every cell.",
             f"A table of generated digits: {len(GUIDED)} settings in rows, guidance {self.size.guidance[0]:g} to "
             f"{self.size.guidance[-1]:g} in columns."), image
 
@@ -174,18 +179,19 @@ class Work:
         rows, cells, notes = [], [], []
         for name in ("sde_5", "sde"):
             for field in ("eta", "s_noise"):
-                made = [self.preset(ersde.PRESETS[name].replace(**{field: v}), 20, "ve", count) for v in values]
+                preset = ersde.PRESETS[name]
+                made = [self.preset(preset.replace(**{field: v}), 20, "ve", count) for v in values]
                 rows.append(f"{name}\n{field}")
-                cells.append([pictures_[:4] for pictures_ in made])
+                cells.append([sample[:4] for sample in made])
                 notes.append([f"{self.models['ve'].nearest(p).median().item():.3f}" for p in made])
         image = pictures.grid(cells, rows, [f"{v:g}" for v in values], "value", 10, notes=notes)
         model = self.models["ve"]
         exact = model.nearest(model.data(1000, torch.Generator().manual_seed(SEED))).median().item()
         return Shown(
             "sweep.png", "eta and s_noise",
-            "eta turns the noise scale from the ODE (0) to the function as published (1) and beyond, and the numbers under "
-            "the cells should stay level; s_noise other than 1 adds too little or too much noise for what the step takes "
-            "away, so they should fall to the left and rise to the right.",
+            "eta turns the noise scale from the ODE (0) to the function as published (1) and beyond, and the "
+            "numbers under the cells should stay level; s_noise other than 1 adds too little or too much noise "
+            "for what the step takes away, so they should fall to the left and rise to the right.",
             f"{settings_of('ve')}, 20 steps. Under each cell: the RMS distance per pixel to the nearest of the "
             f"{len(model.means)} data pictures, median over {count} seeds; for 1000 exact samples of the model it is "
             f"{exact:.3f}. The four pictures are the first four of these seeds.",
@@ -195,18 +201,19 @@ class Work:
     def noise_scales(self) -> Tuple[Shown, object]:
         return Shown(
             "noise_scales.png", "The noise scale functions",
-            "Only the slope matters: flat is the ODE, and a step adds the more noise the more the curve falls over it from "
-            "right to left; right panel: sde_1 hardly differs from the ODE.",
+            "Only the slope matters: flat is the ODE, and a step adds the more noise the more the curve falls "
+            "over it from right to left; right panel: sde_1 hardly differs from the ODE.",
             "g = phi / lambda for each function at eta = 1, divided by its value at lambda = 1.",
-            f"Curves of {len(ersde.NOISE_SCALES)} noise scale functions against lambda, on logarithmic and on linear axes."
+            f"Curves of {len(ersde.NOISE_SCALES)} noise scale functions against lambda, on logarithmic and on "
+            "linear axes."
         ), plot.to_image(plot.plot_noise_scales())
 
     def injected(self, process: str) -> Tuple[Shown, object]:
         image = plot.to_image(plot.plot_injected_noise(schedule(process, 20), None, process))
         return Shown(
             f"injected_noise_{process}.png", f"Noise added per step, {process}",
-            "Left: how much noise each step adds; right: how much of the noise left after the step is new. 1 throughout "
-            "would forget the start; ode stays at 0.",
+            "Left: how much noise each step adds; right: how much of the noise left after the step is new. 1 "
+            "throughout would forget the start; ode stays at 0.",
             f"{settings_of(process)}, 20 steps, eta = 1, s_noise = 1.",
             f"Curves of the noise added at each of 20 steps by {len(ersde.NOISE_SCALES)} noise scale functions."), image
 
@@ -215,10 +222,11 @@ class Work:
         image = plot.to_image(plot.plot_weights(plan, "sde_5, exact, order 3 with corrector, 20 Karras steps"))
         return Shown(
             "weights.png", "What a step is made of",
-            "Each step is one weighted sum of the state, the last evaluations and fresh noise; these weights depend on the "
-            "schedule alone, and the last step returns the evaluation itself.",
+            "Each step is one weighted sum of the state, the last evaluations and fresh noise; these weights "
+            "depend on the schedule alone, and the last step returns the evaluation itself.",
             f"{settings_of('ve')}, 20 steps, noise scale sde_5, order 3 with corrector.",
-            "Bars of the weights of 20 steps on the newest and on earlier evaluations, and the order of each step."), image
+            "Bars of the weights of 20 steps on the newest and on earlier evaluations, and the order of each "
+            "step."), image
 
     def ends(self, process: str) -> List[float]:
         """The last sigma above 0 of every schedule of the error figure, falling."""
@@ -252,10 +260,11 @@ class Work:
             f"error_{process}.png", f"Error by number of steps, {process}",
             "Lower is better; a steeper line gains more from every further step. A dip at one number of steps can be "
             "an error that changes its sign there.",
-            f"ODE member (eta = 0), order 3, float64. {settings_of(process)}. Plotted: the median over {count} seeds of each "
-            "picture's RMS difference per pixel to a fine solution of the same ODE, from the same start to the same last "
-            f"sigma (RK4, {size.fine} steps per unit of log sigma; with half as many it differs by at most {check:.1e} in "
-            "the same measure). The median, because a mean would mostly count the few seeds that end at another digit.",
+            f"ODE member (eta = 0), order 3, float64. {settings_of(process)}. Plotted: the median over {count} "
+            "seeds of each picture's RMS difference per pixel to a fine solution of the same ODE, from the same "
+            f"start to the same last sigma (RK4, {size.fine} steps per unit of log sigma; with half as many it "
+            f"differs by at most {check:.1e} in the same measure). The median, because a mean would mostly count "
+            "the few seeds that end at another digit.",
             f"Error against number of steps on logarithmic axes for {len(SOLVERS)} solvers.",
             table=table, notes=compare(size.error_steps, errors)), plot.to_image(error_figure(size.error_steps, errors))
 

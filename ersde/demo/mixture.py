@@ -3,7 +3,8 @@
 For data x_0 ~ 1/K sum_k N(m_k, s^2 I) and x = alpha x_0 + sigma eps, x is a mixture of N(alpha m_k, v I) with
 v = alpha^2 s^2 + sigma^2, and the posterior mean is
 
-    D(x, sigma) = (alpha s^2 / v) x + (sigma^2 / v) sum_k p_k(x) m_k,   p = softmax((alpha <x, m_k> - alpha^2 |m_k|^2 / 2) / v).
+    D(x, sigma) = (alpha s^2 / v) x + (sigma^2 / v) sum_k p_k(x) m_k,
+    p = softmax((alpha <x, m_k> - alpha^2 |m_k|^2 / 2) / v).
 """
 from __future__ import annotations
 
@@ -84,8 +85,8 @@ def digits(process: str = "ve", std: float = 0.1, guidance: Optional[float] = No
     except ImportError as error:
         raise ImportError("the demo needs scikit-learn for its pictures, which this Python does not have") from error
     pictures, target = load_digits(return_X_y=True)
-    return Mixture(torch.tensor(pictures / 8.0 - 1.0, dtype=torch.float64), std, torch.tensor(target), process, guidance,
-                   label)
+    means = torch.tensor(pictures / 8.0 - 1.0, dtype=torch.float64)
+    return Mixture(means, std, torch.tensor(target), process, guidance, label)
 
 
 def karras(steps: int, sigma_max: float = SIGMA_MAX, sigma_min: float = SIGMA_MIN, rho: float = 7.0) -> Tensor:
@@ -117,8 +118,8 @@ def fine_solution(model: Mixture, x: Tensor, high: float, lows: Sequence[float],
                   tick: Callable[[int], None] = lambda calls: None) -> List[Tensor]:
     """The probability flow from x at sigma `high` to each of `lows`, then D there: classical RK4 in float64.
 
-    ve: in log sigma, where dx/dlog sigma = x - D.  flow: in u = log(sigma + 0.05), where dx/du = (x - D)(1 + 0.05 / sigma),
-    which spends its steps like log sigma although sigma starts at 1 and D changes little below 0.05.
+    ve: in u = log sigma, where dx/du = x - D.  flow: in u = log(sigma + 0.05), where dx/du = (x - D)(1 + 0.05 / sigma):
+    D changes little below sigma = 0.05, so fewer steps are spent there.
 
     Args:
         x: shape (batch, ...).

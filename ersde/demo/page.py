@@ -4,10 +4,12 @@ from __future__ import annotations
 from html import escape
 from typing import Sequence, Tuple
 
-from .figures import Shown
+from .figures import STD, Shown
 
 _CSS = """
-:root { color-scheme: light dark; --ink: #1d2229; --quiet: #5a6472; --paper: #fbfaf8; --line: #dedbd4; --link: #1f5fa8; }
+:root {
+  color-scheme: light dark; --ink: #1d2229; --quiet: #5a6472; --paper: #fbfaf8; --line: #dedbd4; --link: #1f5fa8;
+}
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e4df; --quiet: #a3a9b3; --paper: #17191d; --line: #34383f; --link: #8ab8f0; }
 }
@@ -77,10 +79,12 @@ def page(figures: Sequence[Shown], count: int, facts: Sequence[Tuple[str, str]])
 <main>
 <h1>ER-SDE samplers at work</h1>
 <p>Each picture below was sampled from noise by this pack's solver. The model is exact: {count} handwritten digits of
-8&#8239;&times;&#8239;8 pixels, with a little Gaussian spread around each, form a mixture whose denoiser is known in closed
-form. So blur, grain and blotches are the sampler's doing, not a network's, and its errors can be measured.</p>
-<p class="quiet">Pictures are enlarged with bicubic interpolation; some of the originals are hard to read as well. An exact model has no faults of its own that noise could
-smooth over: how a preset looks with a trained network is for your own eyes to judge.</p>
+8&#8239;&times;&#8239;8 pixels, with a Gaussian spread of {STD:g} around each on a scale of -1 to 1, form a mixture
+whose denoiser is known in closed form. So blur, grain and blotches are the sampler's doing, not a network's, and its
+errors can be measured.</p>
+<p class="quiet">Pictures are enlarged with bicubic interpolation; some of the originals are hard to read as
+well. An exact model has no faults of its own that noise could smooth over: how a preset looks with a trained network is for your
+own eyes to judge.</p>
 <nav aria-label="Figures"><ol>
 {links}</ol></nav>
 {sections}

@@ -29,7 +29,8 @@ def cell(pictures: Tensor, columns: int, scale: int, gap: int = 2) -> Image.Imag
     rows = -(-count // columns)
     out = Image.new("L", (columns * (width * scale + gap) - gap, rows * (height * scale + gap) - gap), 200)
     for i, picture in enumerate(pictures):
-        out.paste(enlarge(picture, scale), ((i % columns) * (width * scale + gap), (i // columns) * (height * scale + gap)))
+        row, column = divmod(i, columns)
+        out.paste(enlarge(picture, scale), (column * (width * scale + gap), row * (height * scale + gap)))
     return out
 
 

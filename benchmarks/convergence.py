@@ -1,0 +1,102 @@
+"""How fast the deterministic error falls: "exact", "paper" and "comfyui" against an exact probability flow.
+
+    python -m benchmarks.convergence [--json FILE]
+
+Three tables.  Observed order: least squares of log error over log steps on Gaussian data (the flow is known in closed form),
+equal steps of log lambda from 10 to 0.1, from an ordinary start and with the first evaluations exact.  64 steps on a mixture
+with well separated parts.  Digits: 1797 handwritten digits as a mixture, by steps, the median over starting points.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import torch
+
+import ersde
+from tests.problems import digits, flow_exact, flow_schedule, gaussian, karras, rms, separated
+
+KINDS = {"exact": {}, "exact, no corrector": {"corrector": False}, "exact, order 2": {"order": 2},
+         "paper": {"method": "paper"}, "comfyui": {"method": "comfyui"}}
+
+
+def run(model, x, sigmas, **kw):
+    """The ODE member."""
+    return ersde.sample_er_sde(model, x, torch.as_tensor(sigmas), eta=0.0, disable=True, process=model.process, **kw)
+
+
+def order_table(counts=(32, 64, 128, 256, 512)):
+    """Process -> kind -> observed order from an ordinary start."""
+    table = {}
+    for process in ("ve", "flow"):
+        model = gaussian(0.5, 0.3, process=process)
+        lam = {n: 10 * 0.01 ** np.linspace(0, 1, n + 1) for n in counts}
+        sigmas = {n: v if process == "ve" else v / (1 + v) for n, v in lam.items()}
+        x = model.start(16, sigmas[counts[0]][0], torch.Generator().manual_seed(0))
+        exact = flow_exact(model, x, torch.tensor(sigmas[counts[0]]))
+        kinds = {f"exact, order {k}{'' if c else ', no corrector'}": {"order": k, "corrector": c}
+                 for k in (1, 2, 3) for c in (False, True)}
+        for name, kw in {**kinds, "paper": {"method": "paper"}, "comfyui": {"method": "comfyui"}}.items():
+            errors = [rms(run(model, x, sigmas[n], **kw), exact) for n in counts]
+            table.setdefault(name, {})[process] = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    return table
+
+
+def mixture_table():
+    """Process -> kind -> RMS error over comfyui's, 64 steps, 200 starting points."""
+    table = {}
+    for process in ("ve", "flow"):
+        model = separated(process)
+        sigmas = torch.tensor(np.geomspace(10, 0.1, 65) if process == "ve" else np.linspace(0.97, 0.05, 65))
+        x = model.start(200, sigmas[0].item(), torch.Generator().manual_seed(0))
+        exact = flow_exact(model, x, sigmas)
+        errors = {name: rms(run(model, x, sigmas, **kw), exact) for name, kw in KINDS.items()}
+        for name, error in errors.items():
+            table.setdefault(name, {})[process] = {"rms": error, "over_comfyui": error / errors["comfyui"]}
+    return table
+
+
+def digits_table(counts=(5, 6, 8, 10, 15, 20, 30, 50), seeds=64):
+    """Process -> steps -> kind -> median over starting points of the RMS error of a picture."""
+    table = {}
+    for process in ("ve", "flow"):
+        model = digits(process)
+        for n in counts:
+            sigmas = karras(n) if process == "ve" else flow_schedule(n)
+            x = model.start(seeds, sigmas[0].item(), torch.Generator().manual_seed(1))
+            exact = flow_exact(model, x, sigmas, steps=400)
+            table.setdefault(process, {})[n] = {
+                name: ((run(model, x, sigmas, **kw) - exact) ** 2).mean(1).sqrt().median().item()
+                for name, kw in KINDS.items()}
+    return table
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="also write the numbers to this file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    result = {"torch": torch.__version__}
+    print("Observed order on Gaussian data, 32 to 512 steps, ordinary start\n\n| method | ve | flow |\n|---|---|---|")
+    result["order"] = order_table()
+    for name, row in result["order"].items():
+        print(f"| {name} | {row['ve']:.2f} | {row['flow']:.2f} |")
+    print("\nSeparated mixture, 64 steps, N = 200: RMS error (over comfyui's)\n\n| method | ve | flow |\n|---|---|---|")
+    result["mixture"] = mixture_table()
+    for name, row in result["mixture"].items():
+        print(f"| {name} | " + " | ".join(f"{row[p]['rms']:.1e} ({row[p]['over_comfyui']:.3f})" for p in ("ve", "flow")) + " |")
+    result["digits"] = digits_table()
+    for process, rows in result["digits"].items():
+        print(f"\nDigits, {process}, {'Karras' if process == 've' else 'shift 3'}, median of N = 64\n\n| steps | "
+              + " | ".join(KINDS) + " |\n|" + "---|" * (1 + len(KINDS)))
+        for n, row in rows.items():
+            print(f"| {n} | " + " | ".join(f"{row[name]:.2e}" for name in KINDS) + " |")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
