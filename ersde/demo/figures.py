@@ -169,8 +169,8 @@ class Work:
             "blotches to the right. The last two rows are the same noise scale with this pack's solver and with "
             "comfyui's formulas.",
             f"{settings_of('ve')}, 10 steps; D = D_all + guidance (D_3 - D_all). Under each cell: the RMS distance "
-            f"per pixel to the nearest data picture, median over {self.size.measure} seeds, of which the first four are "
-            "shown; the same start noise in every cell.",
+            f"per pixel to the nearest data picture, median over {self.size.measure} seeds, of which the first four "
+            "are shown; the same start noise in every cell.",
             f"A table of generated digits: {len(GUIDED)} settings in rows, guidance {self.size.guidance[0]:g} to "
             f"{self.size.guidance[-1]:g} in columns."), image
 
@@ -193,8 +193,8 @@ class Work:
             "numbers under the cells should stay level; s_noise other than 1 adds too little or too much noise "
             "for what the step takes away, so they should fall to the left and rise to the right.",
             f"{settings_of('ve')}, 20 steps. Under each cell: the RMS distance per pixel to the nearest of the "
-            f"{len(model.means)} data pictures, median over {count} seeds; for 1000 exact samples of the model it is "
-            f"{exact:.3f}. The four pictures are the first four of these seeds.",
+            f"{len(model.means)} data pictures, median over {count} seeds; for 1000 exact samples of the model it "
+            f"is {exact:.3f}. The four pictures are the first four of these seeds.",
             "A table of generated digits: eta and s_noise of the presets sde_5 and sde in rows, values "
             f"{values[0]:g} to {values[-1]:g} in columns."), image
 

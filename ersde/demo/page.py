@@ -83,8 +83,8 @@ def page(figures: Sequence[Shown], count: int, facts: Sequence[Tuple[str, str]])
 whose denoiser is known in closed form. So blur, grain and blotches are the sampler's doing, not a network's, and its
 errors can be measured.</p>
 <p class="quiet">Pictures are enlarged with bicubic interpolation; some of the originals are hard to read as
-well. An exact model has no faults of its own that noise could smooth over: how a preset looks with a trained network is for your
-own eyes to judge.</p>
+well. An exact model has no faults of its own that noise could smooth over: how a preset looks with a trained network is
+for your own eyes to judge.</p>
 <nav aria-label="Figures"><ol>
 {links}</ol></nav>
 {sections}
