@@ -18,6 +18,10 @@ logarithms.  Only log phi is needed, so nothing overflows, and lambda_s may be i
 The corrector adds the new evaluation at tau_t as one more node, behind the others.  The first k coefficients stay as they
 are, so its change of x_t is the single term alpha_t c_k D[tau_0, ..., tau_{k-1}, tau_t].
 
+Two rules keep a polynomial from amplifying what is not one, by the schedule alone.  Terms of second and higher order are
+weighted by the share of the state's noise that is common to their nodes (`_shared`), since fresh noise makes D rough.  And
+the order drops where the weights would amplify errors (`_AMPLIFICATION`).  Neither changes the order of convergence.
+
 All arithmetic is numpy float64 on the CPU.
 """
 from __future__ import annotations
@@ -244,6 +248,9 @@ class Plan:
 # most three times that of the Adams-Bashforth method of the same order.  Regular schedules stay below half of it; after a
 # step much shorter than its successor (a nearly repeated sigma) the order drops instead.
 _AMPLIFICATION = (1.0, 3 * 2.0, 3 * 44 / 12, 3 * 160 / 24, 3 * 8794 / 720, 3 * 32812 / 1440)
+# A step longer than this in log lambda reaches beyond what a denoiser's polynomial is good for: there even the sum for equal
+# steps of order 3 is too much.  It is the last steps of flow schedules, equal in sigma, that the rule is about.
+_LONG, _AMPLIFICATION_LONG = 0.5, 2.5
 # Two evaluations closer than this fraction of the step count as one: the newer one stands for both.
 _SAME = 1e-3
 
@@ -306,6 +313,8 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
     # Plain floats from here: numpy's scalars are slow one by one.
     newton, alpha, sigmas_of = newton.T.tolist(), alpha.tolist(), sigmas.tolist()
     log_rho, log_ratio = integrals.log_rho.tolist(), integrals.log_ratio.tolist()
+    eta_of = np.asarray(eta, dtype=np.float64).tolist()
+    log_g = scale.log_g(torch.from_numpy(np.concatenate((past[::-1], np.where(lam > 0, lam, 1.0))))).tolist()
     steps, orders = [], []
     correction: Dict[int, float] = {}       # evaluation number -> weight: what the new D changes in the state x
     slope: Dict[int, float] = {}            # the published formulas' D' of the step before, on evaluations
@@ -326,7 +335,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
             coef = [-math.expm1(log_ratio[r]), *newton[r]]
             nodes = nodes_of[i]
             if exact:
-                weights, used = _predictor(coef, nodes, tau)
+                level = [eta_of[i] * log_g[e] for e in (now + 1, *nodes)]
+                kept = coef[:2] + [c * _shared(level[1], level[k + 1]) for k, c in enumerate(coef[2:len(nodes)], 2)]
+                weights, used = _predictor(kept, nodes, tau, abs(log_ratio[r] - log_rho[r]) > _LONG)
             else:
                 weights, slope = _published(coef, nodes, tau, slope)
                 used = len(nodes)
@@ -336,7 +347,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         correction = {}
         # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
         if exact and (corrector or used < order) and i in row and i + 1 < n and sigmas_of[i + 2] > 0:
-            change = _corrector(coef, nodes[:used], now + 1, tau, order) if math.isfinite(tau[now]) else from_far[i]
+            k = min(used, order)
+            last = coef[k] * (_shared(level[0], level[k]) if k > 1 else 1.0)
+            change = (_corrector(kept, last, nodes[:used], now + 1, tau, order) if math.isfinite(tau[now]) else from_far[i])
             correction = {e: alpha[i + 1] * w for e, w in change.items()}
         steps.append(Step(float(x_scale), tuple((now - e, float(w)) for e, w in sorted(merged.items(), reverse=True)
                                                 if w != 0.0), float(noise)))
@@ -359,26 +372,36 @@ def _distinct(tau: Sequence[float], now: int, nxt: int, order: int) -> List[int]
     return out
 
 
-def _predictor(coef: Sequence[float], nodes: Sequence[int], tau: Sequence[float]) -> Tuple[Dict[int, float], int]:
+def _shared(log_g_new: float, log_g_old: float) -> float:
+    """rho^2 between two states: the share of their noise, in variance, that is the same.
+
+    Differences of the evaluations of second and higher order are weighted by it.  They extrapolate a smooth D; what fresh
+    noise did to D is not smooth, and they would amplify it.  1 for the ODE, and for every member as steps get short.
+    """
+    return math.exp(min(0.0, 2.0 * (log_g_new - log_g_old)))
+
+
+def _predictor(coef: Sequence[float], nodes: Sequence[int], tau: Sequence[float],
+               long: bool) -> Tuple[Dict[int, float], int]:
     """The weights on the evaluations of the highest order that does not amplify, and that order."""
     where = [tau[e] for e in nodes]
     total, part, used = [coef[0]], [1.0], 1
     for k in range(1, len(nodes)):
         part = _one_more(part, where[:k], where[k])
         higher = [t + coef[k] * d for t, d in zip((*total, 0.0), part)]
-        if sum(map(abs, higher)) > _AMPLIFICATION[k] * abs(coef[0]):
+        if sum(map(abs, higher)) > (_AMPLIFICATION_LONG if long else _AMPLIFICATION[k]) * abs(coef[0]):
             break
         total, used = higher, k + 1
     return dict(zip(nodes, total)), used
 
 
-def _corrector(coef: Sequence[float], nodes: Sequence[int], new: int, tau: Sequence[float], order: int,
-               far=None) -> Dict[int, float]:
-    """What the new evaluation changes: the polynomial through the newest `order` of `nodes` and the new one, less the
-    predictor's through all of `nodes`; the terms below c_k are common to both."""
+def _corrector(coef: Sequence[float], last: float, nodes: Sequence[int], new: int, tau: Sequence[float],
+               order: int) -> Dict[int, float]:
+    """What the new evaluation changes: the polynomial through the newest `order` of `nodes` and the new one, its highest
+    coefficient `last`, less the predictor's through all of `nodes`; the terms below are common to both."""
     k = min(len(nodes), order)
     with_new = (*nodes[:k], new)
-    change = {e: coef[k] * d for e, d in zip(with_new, divided_difference([tau[e] for e in with_new]))}
+    change = {e: last * d for e, d in zip(with_new, divided_difference([tau[e] for e in with_new]))}
     if len(nodes) > order:
         for e, d in zip(nodes, divided_difference([tau[e] for e in nodes])):
             change[e] = change.get(e, 0.0) - coef[k] * d
