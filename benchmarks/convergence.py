@@ -86,7 +86,8 @@ def main(argv=None) -> None:
     print("\nSeparated mixture, 64 steps, N = 200: RMS error (over comfyui's)\n\n| method | ve | flow |\n|---|---|---|")
     result["mixture"] = mixture_table()
     for name, row in result["mixture"].items():
-        print(f"| {name} | " + " | ".join(f"{row[p]['rms']:.1e} ({row[p]['over_comfyui']:.3f})" for p in ("ve", "flow")) + " |")
+        cells = (f"{row[process]['rms']:.1e} ({row[process]['over_comfyui']:.3f})" for process in ("ve", "flow"))
+        print(f"| {name} | {' | '.join(cells)} |")
     result["digits"] = digits_table()
     for process, rows in result["digits"].items():
         print(f"\nDigits, {process}, {'Karras' if process == 've' else 'shift 3'}, median of N = 64\n\n| steps | "

@@ -3,9 +3,9 @@
     python -m benchmarks.overhead [--steps 20] [--shape 1 4 64 64] [--repeats 100] [--json FILE]
 
 The model and the noise return tensors made beforehand, so every operation counted is the sampler's own.  Operations are
-the outermost aten calls that the torch profiler sees in a whole run, over its steps; a read-back is a call that brings a number from the device to Python
-(item, a branch on a tensor).  Times are medians over the repeats, which take the samplers in turns, with the 95 % interval
-of the median by bootstrap; the ratios are what to read on a machine with other work.
+the outermost aten calls that the torch profiler sees in a whole run, over its steps; a read-back is a call that brings a
+number from the device to Python (item, a branch on a tensor).  Times are medians over the repeats, which take the samplers
+in turns, with the 95 % interval of the median by bootstrap; the ratios are what to read on a machine with other work.
 """
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def measure(steps: int = 20, shape=(1, 4, 64, 64), repeats: int = 100) -> Dict[s
     rng = np.random.default_rng(0)
     for name, values in times.items():
         medians = np.median(rng.choice(values, (1000, len(values))), axis=1)
-        rows[name].update(setup_ms=statistics.median(before[name]), microseconds=statistics.median(values), low=float(np.quantile(medians, 0.025)),
-                          high=float(np.quantile(medians, 0.975)))
+        rows[name].update(setup_ms=statistics.median(before[name]), microseconds=statistics.median(values),
+                          low=float(np.quantile(medians, 0.025)), high=float(np.quantile(medians, 0.975)))
     base = rows["ersde exact"]["microseconds"]
     for row in rows.values():
         row["ratio"] = row["microseconds"] / base
@@ -123,8 +123,7 @@ def main(argv=None) -> None:
     print(f"{args.steps} steps, x of shape {tuple(args.shape)}, float32, CPU, 1 thread, torch {torch.__version__}, "
           f"{args.repeats} repeats in turns\n")
     print("| sampler | operations per step | read-backs per step | before the first call, ms a run | "
-          "microseconds per step (95 %) | ratio |")
-    print("|---|---|---|---|---|---|")
+          "microseconds per step (95 %) | ratio |\n|---|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['operations']:.1f} | {row['read_backs']:.2f} | "
               f"{row['setup_ms']:.2f} | {row['microseconds']:.0f} "

@@ -8,7 +8,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, List, Mapping, Tuple
 
 from .errors import check_bool, check_choice, check_int, check_real
 from .noise_scale import NOISE_SCALES
@@ -52,7 +52,7 @@ class Preset:
     description: str = ""
 
     def __post_init__(self):
-        put = lambda field, value: object.__setattr__(self, field, value)     # noqa: E731 (a frozen dataclass)
+        put = lambda field, value: object.__setattr__(self, field, value)
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError("name must be 1 to 64 letters, digits, spaces or any of _ . ( ) + -, and begin with a letter "
                              f"or digit, got {self.name!r}")

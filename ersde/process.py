@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Callable, Mapping
 
 import numpy as np
 import torch
-from types import MappingProxyType
 
 from .errors import check_choice
 

@@ -17,7 +17,7 @@ import torch
 from . import hosts
 from .errors import check_bool, check_choice, check_int, check_real
 from .noise import SeededNoise
-from .noise_scale import NoiseScale, get_noise_scale
+from .noise_scale import get_noise_scale
 from .presets import PRESETS, Preset, get_preset
 from .process import check_sigmas, get_process
 from .solver import run
@@ -110,9 +110,9 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     if noise_sampler is None:
         seed = extra_args.get("seed")
         seeded = SeededNoise(x, seed if isinstance(seed, int) else None)
-        noise = lambda i: seeded(values[i])                                 # noqa: E731
+        noise = lambda i: seeded(values[i])
     else:
-        noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])           # noqa: E731
+        noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
     return run(plan, model, x, sigmas, noise, extra_args, callback, disable)
 
 

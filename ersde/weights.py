@@ -283,7 +283,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
     at = np.array(moving, dtype=int)
     integrals = StepIntegrals(lam[at], lam[at + 1], scale, np.asarray(eta, dtype=np.float64)[at])
 
-    past = np.concatenate((process.lam(np.asarray(history, dtype=np.float64)), []))
+    past = process.lam(np.asarray(history, dtype=np.float64))
     with np.errstate(divide="ignore"):
         tau = (var.tau if exact else VARIABLES["lambda"].tau)(np.concatenate((past[::-1], lam))).tolist()
     first = len(past)           # the evaluation of step i is number first + i
@@ -314,7 +314,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
     newton, alpha, sigmas_of = newton.T.tolist(), alpha.tolist(), sigmas.tolist()
     log_rho, log_ratio = integrals.log_rho.tolist(), integrals.log_ratio.tolist()
     eta_of = np.asarray(eta, dtype=np.float64).tolist()
-    log_g = scale.log_g(torch.from_numpy(np.concatenate((past[::-1], np.where(lam > 0, lam, 1.0))))).tolist()
+    log_g = {first - 1 - j: g for j, g in enumerate(scale.log_g(torch.from_numpy(past)).tolist() if past.size else [])}
+    for r, i in enumerate(moving):
+        log_g[first + i], log_g[first + i + 1] = float(integrals.log_g_s[r]), float(integrals.log_g_t[r])
     steps, orders = [], []
     correction: Dict[int, float] = {}       # evaluation number -> weight: what the new D changes in the state x
     slope: Dict[int, float] = {}            # the published formulas' D' of the step before, on evaluations
@@ -335,7 +337,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
             coef = [-math.expm1(log_ratio[r]), *newton[r]]
             nodes = nodes_of[i]
             if exact:
-                level = [eta_of[i] * log_g[e] for e in (now + 1, *nodes)]
+                level = [eta_of[i] * log_g[e] if eta_of[i] else 0.0 for e in (now + 1, *nodes)]
                 kept = coef[:2] + [c * _shared(level[1], level[k + 1]) for k, c in enumerate(coef[2:len(nodes)], 2)]
                 weights, used = _predictor(kept, nodes, tau, abs(log_ratio[r] - log_rho[r]) > _LONG)
             else:

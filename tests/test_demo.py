@@ -11,10 +11,10 @@ pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 
-import problems                                         # noqa: E402
+import problems  # noqa: E402
 
-from ersde.demo import __main__ as demo                 # noqa: E402
-from ersde.demo import figures, mixture, pictures       # noqa: E402
+from ersde.demo import __main__ as demo  # noqa: E402
+from ersde.demo import figures, mixture, pictures  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

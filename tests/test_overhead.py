@@ -1,9 +1,9 @@
 """What a step costs outside the model, counted with the torch profiler."""
 import pytest
 import torch
-from benchmarks.overhead import Canned, count
 
 import ersde
+from benchmarks.overhead import Canned, count
 
 
 @pytest.mark.parametrize("order", [1, 3, 5])

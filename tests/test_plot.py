@@ -8,8 +8,8 @@ import torch
 matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
-import ersde                            # noqa: E402
-from ersde import plot                  # noqa: E402
+import ersde  # noqa: E402
+from ersde import plot  # noqa: E402
 from ersde.demo.mixture import flow_schedule, karras  # noqa: E402
 
 SCHEDULES = {"ve": karras(12), "flow": flow_schedule(12)}

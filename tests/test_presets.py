@@ -9,7 +9,8 @@ from ersde.presets import FIELDS, PRESETS, Preset, get_preset, load_presets, sav
 
 
 def test_built_in():
-    assert {"ode", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "sde_5", "comfyui", "few_steps", "flat", "texture"} == set(PRESETS)
+    assert set(PRESETS) == {"ode", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "sde_5", "comfyui", "few_steps", "flat",
+                            "texture"}
     for name, preset in PRESETS.items():
         assert preset.name == name and name.isidentifier()
         assert preset.description.endswith(".") and preset.label

@@ -124,7 +124,8 @@ def moments(process, sigmas, std, mean, **kw):
         z[0, next(drawn)] = 1.0
         return z
 
-    out = ersde.sample_er_sde(model, state, torch.tensor(sigmas, dtype=torch.float64), disable=True, process=process, noise_sampler=noise, **kw)[0]
+    out = ersde.sample_er_sde(model, state, torch.tensor(sigmas, dtype=torch.float64), disable=True, process=process,
+                              noise_sampler=noise, **kw)[0]
     alpha, sigma = float(proc.alpha(np.array(sigmas[0]))), sigmas[0]
     start_var = alpha ** 2 * std ** 2 + sigma ** 2
     return (out[0] * alpha * mean + out[1]).item(), (out[0] ** 2 * start_var + (out[2:] ** 2).sum()).item()
@@ -199,7 +200,7 @@ def published(model, x, sigmas, noise, scale, process, points):
     sigmas = sigmas.to(kind)
     alpha = 1 - sigmas if process == "flow" else torch.ones_like(sigmas)
     lam = sigmas / alpha
-    d0 = d1 = old = None
+    d1 = old = None
     for i in range(len(sigmas) - 1):
         den = model(x, sigmas[i].to(x.dtype).expand(len(x)))
         if sigmas[i + 1] == 0:
