@@ -14,7 +14,7 @@ def _er_sde_inputs():
     """The sampler's own inputs, the same on both nodes: a preset, then what may differ from it."""
     presets = "\n".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
     return {
-        "preset": (list(PRESETS), {"default": "sde_5", "tooltip":
+        "preset": (comfyui.preset_names(), {"default": "sde_5", "tooltip":
             "The settings to begin with; the inputs below change single ones of them.\n" + presets}),
         "noise_scale": ([comfyui.AS_PRESET, *NOISE_SCALES], {"default": comfyui.AS_PRESET, "tooltip":
             "How much noise is added, and when. Rising: ode adds none, sde_1 hardly any, sde_2 some, sde "

@@ -5,12 +5,12 @@
     x = ersde.sample_er_sde_few_steps(model, x, sigmas)
 """
 from .noise_scale import NOISE_SCALES, NoiseScale
-from .presets import PRESETS, Preset, get_preset, load_presets, save_preset
+from .presets import PRESETS, Preset, all_presets, get_preset, load_presets, save_preset
 from .samplers import SAMPLERS, sample_er_sde, sample_preset
 
 __version__ = "0.1.0"
 
 globals().update(SAMPLERS)
 
-__all__ = ["NOISE_SCALES", "PRESETS", "NoiseScale", "Preset", "get_preset", "load_presets", "sample_er_sde",
+__all__ = ["NOISE_SCALES", "PRESETS", "NoiseScale", "Preset", "all_presets", "get_preset", "load_presets", "sample_er_sde",
            "sample_preset", "save_preset", *SAMPLERS]

@@ -187,6 +187,18 @@ def load_presets(path) -> Tuple[Dict[str, Preset], List[str]]:
     return good, problems
 
 
+def user_presets_path() -> str:
+    """Where a person's own presets are: the file that ERSDE_PRESETS names, else user_presets.json in the pack's folder."""
+    return os.environ.get("ERSDE_PRESETS") or os.path.join(
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "user_presets.json")
+
+
+def all_presets() -> Tuple[Mapping[str, Preset], List[str]]:
+    """The built-in presets and the person's own behind them, read anew, and `load_presets`' problems."""
+    own, problems = load_presets(user_presets_path())
+    return MappingProxyType({**PRESETS, **own}), problems
+
+
 def _from_dict(name: str, fields) -> Preset:
     if not isinstance(fields, dict):
         raise TypeError(f"a preset must be an object {{field: value}}, got {fields!r}")

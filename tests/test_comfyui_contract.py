@@ -331,3 +331,14 @@ def test_a_bad_value_stops_the_ksampler_node_before_the_model_runs(host):
         ksampler(SimpleNamespace(load_device="cpu", model_options={}), {"samples": torch.zeros(1, 1, 3, 3)},
                  preset="comfyui", order=4)
     assert host.sampled == []
+
+
+def test_a_persons_own_presets_are_in_the_list(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "mine.json"
+    file.write_text('{"mine": {"eta": 0.2}, "bad": {"eta": -1}}')
+    monkeypatch.setenv("ERSDE_PRESETS", str(file))
+    assert comfyui.preset_names() == [*PRESETS, "mine"]
+    assert "'bad'" in caplog.text and str(file) in caplog.text
+    assert comfyui.changed_preset("mine").eta == 0.2
+    with pytest.raises(ValueError, match="preset must be one of .*mine.*got 'bad'"):
+        comfyui.changed_preset("bad")

@@ -148,3 +148,12 @@ def test_a_crash_while_saving_loses_nothing(path, monkeypatch):
     with pytest.raises(OSError):
         save_preset(path, Preset("other"))
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_persons_own_presets_come_behind_the_built_in_ones(path, monkeypatch):
+    monkeypatch.setenv("ERSDE_PRESETS", str(path))
+    assert dict(ersde.all_presets()[0]) == dict(PRESETS) and ersde.all_presets()[1] == []
+    path.write_text(json.dumps({"mine": {"eta": 0.2}, "bad": {"eta": -1}, "ode": {}}))
+    presets, problems = ersde.all_presets()
+    assert list(presets) == [*PRESETS, "mine"] and presets["mine"].eta == 0.2
+    assert len(problems) == 2 and presets["ode"] is PRESETS["ode"]

@@ -80,7 +80,7 @@ def make_host(names=("Euler a", "Euler", "DPM++ 2M")):
     """The modules by name, as a WebUI has them when it loads scripts."""
     host = {name: types.ModuleType(name) for name in (
         "modules", "modules.scripts", "modules.sd_samplers", "modules.sd_samplers_common",
-        "modules.sd_samplers_kdiffusion")}
+        "modules.sd_samplers_kdiffusion", "modules.sd_schedulers")}
     for name, module in host.items():
         if "." in name:
             setattr(host["modules"], name.split(".")[1], module)
@@ -88,6 +88,7 @@ def make_host(names=("Euler a", "Euler", "DPM++ 2M")):
     host["modules.sd_samplers_common"].SamplerData = SamplerData
     host["modules.sd_samplers_kdiffusion"].KDiffusionSampler = FakeKDiffusionSampler
 
+    host["modules.sd_schedulers"].schedulers = [types.SimpleNamespace(label=label) for label in SCHEDULERS]
     s = host["modules.sd_samplers"]
     s.all_samplers = [SamplerData(name, lambda model, name=name: FakeKDiffusionSampler(name, model), [], {})
                       for name in names]
@@ -420,3 +421,21 @@ def test_importing_the_adapter_imports_no_host():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           cwd=SCRIPT.parents[1])
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_a_persons_own_presets_are_registered_and_broken_ones_reported(host, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text("""{"mine": {"eta": 0.2, "label": "my look"}, "bad": {"eta": -1}, "twin": {"label": "ODE"},
+                        "cut": {"label": "soft Karras"}}""")
+    monkeypatch.setenv("ERSDE_PRESETS", str(file))
+    assert webui.register() == [*OURS, "ER-SDE my look"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, words in zip(lines, ([str(file), "'bad'", "eta"], ["'twin'", "ODE"], ["'cut'", "soft Karras", "schedule"])):
+        assert line.startswith("ER-SDE: ") and all(word in line for word in words)
+
+
+def test_a_version_without_a_list_of_schedules(host, monkeypatch):
+    monkeypatch.delitem(sys.modules, "modules.sd_schedulers")
+    monkeypatch.delattr(sys.modules["modules"], "sd_schedulers")
+    assert webui.register() == OURS

@@ -4,7 +4,9 @@ The host's modules are imported inside the functions, so that this module can be
 """
 from __future__ import annotations
 
-from ..presets import Preset, get_preset
+import logging
+
+from ..presets import Preset, all_presets, get_preset
 from ..samplers import sample_preset
 
 AS_PRESET = "as preset"
@@ -26,7 +28,7 @@ def changed_preset(preset, noise_scale=AS_PRESET, eta=-1.0, s_noise=-1.0, order=
         changes["s_noise"] = s_noise
     if order != 0:
         changes["order"] = order
-    return get_preset(preset).replace(**changes)
+    return get_preset(preset, all_presets()[0]).replace(**changes)
 
 
 def build_sampler(preset, noise_scale=AS_PRESET, eta=-1.0, s_noise=-1.0, order=0):
@@ -67,6 +69,14 @@ def _below_one(sigmas, sampling):
     sigmas = sigmas.clone()
     sigmas[0] = sampling.percent_to_sigma(1e-4)
     return sigmas
+
+
+def preset_names():
+    """The presets to choose from, a person's own behind the built-in ones; what is wrong with their file goes to the log."""
+    presets, problems = all_presets()
+    for problem in problems:
+        logging.warning("ER-SDE: %s", problem)
+    return list(presets)
 
 
 def scheduler_names():

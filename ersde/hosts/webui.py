@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Callable, List, Mapping, Optional
 
-from ..presets import PRESETS, Preset
+from ..presets import Preset, all_presets
 from ..samplers import sample_preset
 
 PREFIX = "ER-SDE "
@@ -63,15 +63,43 @@ def sampler_entry(preset: Preset):
     return SamplerData(sampler_name(preset), constructor, [f"er_sde_{preset.name}"], options)
 
 
-def register(presets: Mapping[str, Preset] = PRESETS) -> List[str]:
+def _usable(presets: Mapping[str, Preset]) -> List[Preset]:
+    """The presets whose names this host can tell apart; one line in the log for each that is left out."""
+    try:
+        from modules import sd_schedulers
+        endings = [" " + schedule.label.lower() for schedule in sd_schedulers.schedulers]
+    except ImportError:             # a version before schedules were a list of their own
+        endings = []
+    good, seen = [], set()
+    for preset in presets.values():
+        name = sampler_name(preset)
+        if name in seen:
+            print(f"ER-SDE: preset {preset.name!r} has the label of another one, {preset.label!r}, and is left out",
+                  file=sys.stderr)
+        elif name.lower().endswith(tuple(endings)):
+            print(f"ER-SDE: preset {preset.name!r} is left out: its label {preset.label!r} ends in the name of a schedule, "
+                  "which this WebUI would cut off", file=sys.stderr)
+        else:
+            seen.add(name)
+            good.append(preset)
+    return good
+
+
+def register(presets: Optional[Mapping[str, Preset]] = None) -> List[str]:
     """Put one entry per preset in the host's sampler list and return the names that are there.
+
+    `presets` are the built-in ones and the person's own when None.
 
     An entry of ours is replaced where it stands ("Reload UI" runs the script again), a new one goes to the end, and
     an entry of the same name that is not ours is left alone and reported.
     """
     from modules import sd_samplers
 
-    entries = [sampler_entry(preset) for preset in presets.values()]    # all of them, before the list is touched
+    if presets is None:
+        presets, problems = all_presets()
+        for problem in problems:
+            print(f"ER-SDE: {problem}", file=sys.stderr)
+    entries = [sampler_entry(preset) for preset in _usable(presets)]    # all of them, before the list is touched
     places = {entry.name: i for i, entry in enumerate(sd_samplers.all_samplers)}
     names = []
     for entry in entries:
