@@ -296,11 +296,12 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         grid[:len(nodes_of[i]), row[i]] = [tau[e] for e in nodes_of[i]]
     # From lambda = infinity no polynomial in lambda leads on; the corrector draws a line in lambda / (1 + lambda) there.
     from_far: Dict[int, Dict[int, float]] = {}
-    if np.isinf(lam[0]) and exact and n > 1 and 0 in row:
-        line = VARIABLES["unit"]
-        ends = line.tau(lam[:2])
-        weight = integrals.newton(np.full((1, len(moving)), ends[0]), line)[0, 0] / (ends[1] - ends[0])
-        from_far[0] = {first: -weight, first + 1: weight}
+    for i in moving:
+        if exact and np.isinf(lam[i]):
+            line = VARIABLES["unit"]
+            s, t = line.tau(lam[i:i + 2])
+            weight = integrals.newton(np.full((1, len(moving)), s), line)[0, row[i]] / (t - s)
+            from_far[i] = {first + i: -weight, first + i + 1: weight}
     with np.errstate(invalid="ignore"):
         if exact:
             newton = integrals.newton(grid, var)

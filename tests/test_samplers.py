@@ -162,6 +162,16 @@ def test_one_model_call_per_step_and_repeated_or_trailing_zero_sigmas():
         assert model.calls == calls and torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("method", ["exact", "paper", "comfyui"])
+@pytest.mark.parametrize("sigmas", [[1, 1, 0.5, 0.2, 0], [1, 1, 1, 0.5, 0], [1, 0.5, 0.5, 0.5, 0.1], [1, 1], [1, 0]])
+def test_repeated_sigmas_of_a_flow_model(sigmas, method):
+    model = gaussian(process="flow")
+    for corrector in (False, True):
+        out = sample(torch.tensor(sigmas, dtype=torch.float32), x=torch.randn(2, 4), model=model, process="flow",
+                     method=method, corrector=corrector)
+        assert torch.isfinite(out).all()
+
+
 def test_error_in_callback_or_model_passes_through():
     def stop(info):
         raise KeyboardInterrupt
