@@ -12,7 +12,8 @@ else:                                   # imported by itself from the folder, ou
 
 def _er_sde_inputs():
     """The sampler's own inputs, the same on both nodes: a preset, then what may differ from it."""
-    presets = "\n".join(f"{name}: {preset.description}" for name, preset in PRESETS.items())
+    # One short line each: the page cuts a tooltip that is higher than its window.
+    presets = "\n".join(f"{name}: {preset.description.partition(':')[0].lower()}" for name, preset in PRESETS.items())
     return {
         "preset": (comfyui.preset_names(), {"default": "sde_5", "tooltip":
             "The settings to begin with; the inputs below change single ones of them.\n" + presets}),
@@ -21,10 +22,10 @@ def _er_sde_inputs():
             "more, sde_3 most, evenly over the run; sde_5 adds a little and mostly early, sde_4 much and "
             "late. More noise wants more steps. \"as preset\": the preset's. With eta 0 it makes no "
             "difference."}),
-        "eta": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 10.0, "step": 0.05, "round": False, "tooltip":
+        "eta": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 10.0, "step": 0.05, "round": 0.001, "tooltip":
             "Raise it for more fresh noise in every step: more varied detail, and more steps needed. 0 is "
             "the noise-free ODE, 1 the noise scale as published. Below 0, such as -1: as the preset has it."}),
-        "s_noise": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 10.0, "step": 0.01, "round": False, "tooltip":
+        "s_noise": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 10.0, "step": 0.01, "round": 0.001, "tooltip":
             "Raise it for stronger noise than the method calls for: more grain and texture, soon a dirty "
             "picture; under 1 the picture gets smoother. 1 is right in theory. Below 0, such as -1: as the "
             "preset has it."}),

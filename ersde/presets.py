@@ -33,7 +33,7 @@ class Preset:
         start, end: the stochastic window as a part of the whole schedule of the model, 0 (pure noise) to 1 (the picture);
             outside it eta is 0.
         label: what a person reads in a list.
-        description: one sentence on what it is for.
+        description: one sentence, "what it is for: why"; the first half alone stands in short lists.
 
     Raises:
         TypeError, ValueError: a field's value is not allowed; names the field, the value and what is allowed.
@@ -90,26 +90,25 @@ def check_field(field: str) -> None:
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (
     Preset("sde_5", label="SDE 5", description=(
-        "The paper's default noise scale, exp(lambda^0.3) + 10: little noise, and most of it early, so it keeps the ODE's "
-        "accuracy and still varies; the one to begin with.")),
+        "The published default, to begin with: exp(lambda^0.3) + 10 adds little noise, and most of it early, so it keeps "
+        "the ODE's accuracy and still varies.")),
     Preset("ode", "ode", eta=0.0, label="ODE", description=(
         "No noise at all: the same seed converges to one picture as steps grow, for comparing settings and for inversion.")),
     Preset("sde", "sde", label="SDE", description=(
-        "The reverse-time SDE, the most noise of the classical choices: varied and forgiving of a model's errors, but it "
-        "wants 30 steps and more.")),
+        "Much noise, for 30 steps and more: the reverse-time SDE, varied and forgiving of a model's errors.")),
     Preset("sde_1", "sde_1", label="SDE 1", description=(
-        "exp(-1/lambda) + 10: hardly any noise, an ODE with its errors slightly stirred.")),
+        "Hardly any noise: exp(-1/lambda) + 10, an ODE with its errors slightly stirred.")),
     Preset("sde_2", "sde_2", label="SDE 2", description=(
-        "lambda^0.5: half-way between the ODE and the reverse-time SDE over the whole schedule.")),
+        "Some noise throughout: lambda^0.5 is half-way between the ODE and the reverse-time SDE.")),
     Preset("sde_3", "sde_3", label="SDE 3", description=(
-        "lambda^1.5: more noise than the reverse-time SDE, for many steps and strong variation.")),
+        "The most noise, for many steps: lambda^1.5 goes beyond the reverse-time SDE, for strong variation.")),
     Preset("sde_4", "sde_4", label="SDE 4", description=(
-        "lambda^-0.1 log10(1 + 100 lambda^1.5): noisy in the last part of the schedule, calm in the first.")),
+        "Calm first, noisy late: lambda^-0.1 log10(1 + 100 lambda^1.5) keeps the composition and works on detail.")),
     Preset("comfyui", method="comfyui", corrector=False, label="ComfyUI compatible", description=(
-        "The formulas of ComfyUI's er_sde with its 200-point sums, to make again a picture that somebody shared.")),
-    Preset("few_steps", "ode", eta=0.0, order=2, label="few steps", description=(
-        "For 4 to 10 steps: no noise, since a run that short cannot smooth it out again, and order 2 with the corrector, "
-        "which stays calm over long steps.")),
+        "Pictures shared from ComfyUI's er_sde: its formulas with their 200-point sums, to make such a picture again.")),
+    Preset("few_steps", "ode", eta=0.0, order=1, label="few steps", description=(
+        "For 4 to 10 steps: no noise, since a run that short cannot smooth it out again, and order 1 with the corrector, "
+        "which stays calmest over long steps at high guidance.")),
     Preset("flat", "sde_5", eta=0.5, s_noise=1.0, end=0.7, label="flat colours", description=(
         "For anime, logos and sharp lines: half the published noise and none in the last 30 % of the schedule, where it "
         "would leave grain on even areas.")),

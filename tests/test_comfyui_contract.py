@@ -342,3 +342,8 @@ def test_a_persons_own_presets_are_in_the_list(tmp_path, monkeypatch, caplog):
     assert comfyui.changed_preset("mine").eta == 0.2
     with pytest.raises(ValueError, match="preset must be one of .*mine.*got 'bad'"):
         comfyui.changed_preset("bad")
+
+
+def test_a_zero_that_the_pages_arrows_left_a_little_below_is_a_zero():
+    changed = comfyui.changed_preset("sde", eta=-3.19e-16, s_noise=-7.53e-16)
+    assert changed.eta == 0.0 and changed.s_noise == 0.0

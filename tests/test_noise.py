@@ -35,6 +35,7 @@ def test_depends_on_seed_image_and_sigma_alone():
     assert torch.equal(whole[:1], SeededNoise(x[:1], 5)(2.5))
     assert not torch.equal(whole, SeededNoise(x, 5)(2.4)) and not torch.equal(whole, SeededNoise(x, 6)(2.5))
     assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, SeededNoise(x, 5 + 2 ** 32)(2.5)) and not torch.equal(whole, SeededNoise(x, -5)(2.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

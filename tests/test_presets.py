@@ -14,6 +14,7 @@ def test_built_in():
     for name, preset in PRESETS.items():
         assert preset.name == name and name.isidentifier()
         assert preset.description.endswith(".") and preset.label
+        assert len(preset.description.partition(":")[0]) < 50 and len(preset.description.partition(":")[2]) > 20
         assert f"sample_er_sde_{name}" in ersde.__all__
     assert PRESETS["comfyui"].method == "comfyui"
     assert len({p.label for p in PRESETS.values()}) == len(PRESETS)

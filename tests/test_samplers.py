@@ -2,6 +2,7 @@
 import inspect
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,20 @@ def test_same_seed_same_picture_and_the_global_generator_is_left_alone():
     b = sample(model=model)
     torch.manual_seed(0)
     assert torch.equal(b, sample(model=model)) and not torch.equal(a, b)
+
+
+def test_only_the_history_is_kept():
+    """Memory: of the evaluations, a run holds the ones its steps still need."""
+    alive = []
+
+    def model(x, sigma):
+        out = 0.5 * x
+        alive.append(weakref.ref(out))
+        assert sum(ref() is not None for ref in alive) <= 3 + 2 + 1      # order, two more for the corrector, and this one
+        return out
+
+    sample(karras(20).float(), model=model)
+    assert len(alive) == 20
 
 
 def test_no_gradient_is_kept():

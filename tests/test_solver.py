@@ -281,6 +281,20 @@ def test_flow_from_sigma_one_needs_no_offset():
         assert rms(got, want) < 0.2 * rms(want, torch.zeros(()))
 
 
+@pytest.mark.parametrize("order, corrector", [(1, True), (2, False), (3, True)])
+def test_order_from_sigma_one(order, corrector):
+    """The step from lambda = infinity does not spoil what follows it: near second order from sigma = 1, the steps there
+    being as long as they are in log lambda."""
+    model = gaussian(1.0, 0.3, process="flow")
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    end = 0.3
+    # lambda -> infinity of gaussian_flow: there x / sigma is the noise itself.
+    exact = (1 - end) * (0.3 + x * (1 + (end / (1 - end)) ** 2) ** 0.5)
+    error = [rms(sample(model, x, torch.linspace(1, end, n + 1, dtype=torch.float64), eta=0.0, order=order,
+                        corrector=corrector), exact) for n in (64, 128, 256, 512)]
+    assert slope((64, 128, 256, 512), error) >= 1.8
+
+
 @pytest.mark.parametrize("process", PROCESSES)
 def test_inversion_comes_back(process):
     """Up the schedule and down again with the ODE."""

@@ -181,6 +181,13 @@ def test_nearly_repeated_sigmas_do_not_amplify(gap, corrector):
         assert sum(abs(w) for _, w in step.denoised) < 30
 
 
+@pytest.mark.parametrize("gap", [1e-5, 1e-9])
+def test_nearly_repeated_sigmas_count_once(gap):
+    """The newer evaluation stands for both, and the order is that of the schedule without the repetition."""
+    made = plan([10.0, 7.0, 5.0, 5.0 * (1 - gap), 4.0, 3.0, 2.0], order=3, corrector=False)
+    assert made.orders == (1, 2, 3, 3, 3, 3)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(1e-6, 1 - 1e-9), min_size=2, max_size=30), st.sampled_from(list(NOISE_SCALES)),
        st.sampled_from(["ve", "flow"]), st.floats(0, 2), st.integers(1, 5), st.booleans())

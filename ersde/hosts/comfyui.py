@@ -21,11 +21,11 @@ def changed_preset(preset, noise_scale=AS_PRESET, eta=-1.0, s_noise=-1.0, order=
     changes = {}
     if noise_scale != AS_PRESET:
         changes["noise_scale"] = noise_scale
-    # "not below 0" rather than "0 or above": NaN goes on to the check, which names it.
-    if not eta < 0:
-        changes["eta"] = eta
-    if not s_noise < 0:
-        changes["s_noise"] = s_noise
+    # "not below" rather than "at or above": NaN goes on to the check, which names it.  The page's arrows can leave a 0 at
+    # -3e-16, which is a 0.
+    for field, value in (("eta", eta), ("s_noise", s_noise)):
+        if not value < -1e-6:
+            changes[field] = 0.0 if value < 0 else value
     if order != 0:
         changes["order"] = order
     return get_preset(preset, all_presets()[0]).replace(**changes)
