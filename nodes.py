@@ -68,6 +68,7 @@ class ERSDEKSampler:
 
     @classmethod
     def INPUT_TYPES(cls):
+        ours = _er_sde_inputs()
         return {"required": {
             "model": ("MODEL", {"tooltip": "The model that removes the noise."}),
             "seed": ("INT", {"default": 0, "min": 0, "max": 2 ** 64 - 1, "control_after_generate": True, "tooltip":
@@ -79,6 +80,7 @@ class ERSDEKSampler:
             "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01, "tooltip":
                 "Raise it to follow the prompt more closely; too high burns colours and contrast. At 1 the negative "
                 "prompt has no effect."}),
+            "preset": ours.pop("preset"),       # where the host's KSampler has the sampler's name
             "scheduler": (comfyui.scheduler_names(), {"tooltip":
                 "How the noise levels are spread over the steps."}),
             "positive": ("CONDITIONING", {"tooltip": "What the picture should show."}),
@@ -86,11 +88,11 @@ class ERSDEKSampler:
             "latent_image": ("LATENT", {"tooltip": "The latent to start from: an empty one, or a picture's."}),
             "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip":
                 "Raise it to keep less of the latent it starts from; 1 keeps nothing."}),
-            **_er_sde_inputs(),
+            **ours,
         }}
 
-    def sample(self, model, seed, steps, cfg, scheduler, positive, negative, latent_image, denoise,
-               preset, noise_scale, eta, s_noise, order):
+    def sample(self, model, seed, steps, cfg, preset, scheduler, positive, negative, latent_image, denoise,
+               noise_scale, eta, s_noise, order):
         sampler = comfyui.build_sampler(preset, noise_scale, eta, s_noise, order)
         return (comfyui.sample_latent(sampler, model, seed, steps, cfg, scheduler, positive, negative, latent_image,
                                       denoise),)

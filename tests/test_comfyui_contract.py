@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Saved workflows hold these names, and the values by position: entries may be added at the end, never moved.
 ER_SDE_INPUTS = ["preset", "noise_scale", "eta", "s_noise", "order"]
-KSAMPLER_INPUTS = ["model", "seed", "steps", "cfg", "scheduler", "positive", "negative", "latent_image", "denoise"]
-INPUTS = {"ERSDE_Sampler": ER_SDE_INPUTS, "ERSDE_KSampler": KSAMPLER_INPUTS + ER_SDE_INPUTS}
+KSAMPLER_INPUTS = ["model", "seed", "steps", "cfg", "preset", "scheduler", "positive", "negative", "latent_image", "denoise",
+                   "noise_scale", "eta", "s_noise", "order"]
+INPUTS = {"ERSDE_Sampler": ER_SDE_INPUTS, "ERSDE_KSampler": KSAMPLER_INPUTS}
 
 
 # The entry
