@@ -61,6 +61,10 @@ class NoiseScale:
         lam = torch.as_tensor(lam, dtype=torch.float64)
         return lam * (eta * self.log_g(lam)).exp() if eta else lam.clone()
 
+    def __call__(self, lam) -> Tensor:
+        """phi(lambda), so that an entry of `NOISE_SCALES` is itself a callable as `noise_scale` takes one."""
+        return self.phi(lam)
+
 
 def _power(name: str, formula: str, q: float) -> NoiseScale:
     far = math.inf if q > 0 else 0.0

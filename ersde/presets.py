@@ -182,8 +182,23 @@ def load_presets(path) -> Tuple[Dict[str, Preset], List[str]]:
         try:
             good[name] = _from_dict(name, fields)
         except (TypeError, ValueError) as error:
-            problems.append(f"{path}: preset {name!r}: {error}")
+            problems += [f"{path}: preset {name!r}: {reason}" for reason in _field_problems(name, fields) or [error]]
     return good, problems
+
+
+def _field_problems(name: str, fields) -> List[str]:
+    """What is wrong with each field by itself, so that a person sees all of it at once; empty where it is something else."""
+    found: List[str] = []
+    try:
+        Preset(name)
+    except ValueError:
+        return found
+    for field, value in fields.items() if isinstance(fields, dict) and name not in PRESETS else ():
+        try:
+            _from_dict(name, {field: value})
+        except (TypeError, ValueError) as error:
+            found.append(str(error))
+    return found
 
 
 def user_presets_path() -> str:

@@ -55,7 +55,8 @@ def check_sigmas(sigmas, process: Process) -> np.ndarray:
     if isinstance(sigmas, torch.Tensor):
         if sigmas.is_complex() or sigmas.dtype == torch.bool:
             raise TypeError(f"sigmas must be real numbers, got dtype {sigmas.dtype}")
-        values = sigmas.detach().to("cpu", torch.float64).numpy()
+        # First off the device, then to float64, which some devices do not have.
+        values = sigmas.detach().cpu().to(torch.float64).numpy()
     else:
         try:
             values = np.asarray(sigmas, dtype=np.float64)

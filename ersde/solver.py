@@ -41,7 +41,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     count = len(plan.steps)
     at = list(sigmas.unbind())
     # One contiguous copy of the schedule per batch item in x's dtype, so that a step makes no tensor of its own for it.
-    for_model = sigmas.to(x.device, x.dtype)[:, None].repeat(1, x.shape[0]).unbind()
+    for_model = sigmas.to(x.dtype).to(x.device)[:, None].repeat(1, x.shape[0]).unbind()
     past: List[Tensor] = list(history)
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []

@@ -30,6 +30,7 @@ def test_log_g_and_phi(name, lam, eta):
     assert scale.log_g(lam).item() == pytest.approx(math.log(G[name](lam)), rel=1e-10, abs=1e-12)
     assert scale.phi(lam, eta).item() == pytest.approx(lam * G[name](lam) ** eta, rel=1e-9)
     assert scale.log_g(lam).dtype == torch.float64
+    assert scale(torch.tensor(lam)) == scale.phi(torch.tensor(lam))
 
 
 @given(st.sampled_from(list(G)), st.floats(1e-8, 1e12), st.floats(1.0, 1e6))

@@ -85,6 +85,15 @@ def test_a_broken_preset_is_reported_and_skipped(path, fields, words):
     assert path.read_text() == text
 
 
+def test_every_bad_field_is_named(path):
+    path.write_text(json.dumps({"bad": {"eta": -1, "order": 9, "label": 3, "s_noise": 1},
+                                "both": {"order": 4, "method": "paper"}}))
+    problems = load_presets(path)[1]
+    assert len(problems) == 4 and all(str(path) in line for line in problems)
+    for line, word in zip(problems, ("eta", "order", "label", "order must be between 1 and 3")):
+        assert word in line
+
+
 @pytest.mark.parametrize("name", ["ode", "", "a/b", "..", "x" * 80, "a\nb", " x"])
 def test_names_that_a_file_may_not_have(path, name):
     path.write_text(json.dumps({name: {}}))
