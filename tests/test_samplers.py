@@ -247,7 +247,8 @@ def test_process_is_read_off_the_hosts_model():
 def test_window_is_read_off_the_hosts_model():
     sigmas = karras(10).numpy()
     assert percent_to_sigma(comfy(Shifted()), sigmas, 0.5) == 0.75
-    table = Thing(inner_model=Thing(sigmas=torch.linspace(0, 10, 11)))
-    assert percent_to_sigma(table, sigmas, 0.25) == pytest.approx(7.5)
+    table = Thing(inner_model=Thing(sigmas=torch.logspace(-2, 2, 9)))
+    assert percent_to_sigma(table, sigmas, 0.25) == pytest.approx(10.0)
+    assert percent_to_sigma(table, sigmas, 0.3125) == pytest.approx(10 ** 0.75)
     assert percent_to_sigma(gaussian(), sigmas, 0.5) == pytest.approx(sigmas[5])
     assert percent_to_sigma(gaussian(), sigmas, 0.0) == float("inf") and percent_to_sigma(gaussian(), sigmas, 1.0) == 0.0

@@ -58,7 +58,9 @@ def percent_to_sigma(model, sigmas: np.ndarray, percent: float) -> float:
         return float(sampling.percent_to_sigma(percent))
     table = _table(model)
     if table is not None:
-        return float(np.interp((1.0 - percent) * (len(table) - 1), np.arange(len(table)), table))
+        # Between two entries by their logarithms, as ComfyUI does, so that a window means the same there.
+        at = (1.0 - percent) * (len(table) - 1)
+        return float(np.exp(np.interp(at, np.arange(len(table)), np.log(table))))
     return float(np.interp(percent * (len(sigmas) - 1), np.arange(len(sigmas)), sigmas))
 
 
@@ -67,7 +69,7 @@ def _table(model) -> Optional[np.ndarray]:
     for part in _chain(model):
         table = getattr(part, "sigmas", None)
         if hasattr(table, "detach") and table.ndim == 1 and len(table) > 1:
-            return table.detach().to("cpu").double().numpy()
+            return np.maximum(table.detach().cpu().double().numpy(), 1e-12)
     return None
 
 
