@@ -272,93 +272,165 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         history: sigmas of evaluations made before the first step, newest first, that the run starts with.
     """
     check_choice("method", method, METHODS)
-    var = VARIABLES[check_choice("variable", variable, VARIABLES)]
-    exact = method == "exact"
     n = len(sigmas) - 1
     lam = process.lam(sigmas)
-    alpha = process.alpha(sigmas)
+    eta = np.asarray(eta, dtype=np.float64)
     # Steps that move: neither of length zero nor to sigma = 0, which returns D, nor to sigma = 1 of an inverted flow.
     moving = [i for i in range(n) if sigmas[i] != sigmas[i + 1] and sigmas[i + 1] > 0 and np.isfinite(lam[i + 1])]
     row = {i: r for r, i in enumerate(moving)}
     at = np.array(moving, dtype=int)
-    integrals = StepIntegrals(lam[at], lam[at + 1], scale, np.asarray(eta, dtype=np.float64)[at])
+    integrals = StepIntegrals(lam[at], lam[at + 1], scale, eta[at])
 
     past = process.lam(np.asarray(history, dtype=np.float64))
-    with np.errstate(divide="ignore"):
-        tau = (var.tau if exact else VARIABLES["lambda"].tau)(np.concatenate((past[::-1], lam))).tolist()
     first = len(past)           # the evaluation of step i is number first + i
-
-    # The corrector drops the oldest node for the new one, so the predictor may use one more at no memory of its own.
-    most = order + 1 if exact and corrector else order
-    nodes_of: Dict[int, List[int]] = {i: _distinct(tau, first + i, first + i + 1, most) for i in moving}
-    grid = np.full((most, len(moving)), np.nan)
-    for i in moving:
-        grid[:len(nodes_of[i]), row[i]] = [tau[e] for e in nodes_of[i]]
-    # From lambda = infinity no polynomial in lambda leads on; the corrector draws a line in lambda / (1 + lambda) there.
-    from_far: Dict[int, Dict[int, float]] = {}
-    for i in moving:
-        if exact and np.isinf(lam[i]):
-            line = VARIABLES["unit"]
-            s, t = line.tau(lam[i:i + 2])
-            weight = integrals.newton(np.full((1, len(moving)), s), line)[0, row[i]] / (t - s)
-            from_far[i] = {first + i: -weight, first + i + 1: weight}
-    with np.errstate(invalid="ignore"):
-        if exact:
-            newton = integrals.newton(grid, var)
-        elif method == "paper":
-            pair = integrals.newton(np.stack((lam[at], lam[at])), VARIABLES["lambda"])
-            newton = pair * [[1.0], [0.5]]
-        else:
-            newton = np.stack(integrals.riemann())
+    lam_of = np.concatenate((past[::-1], lam))
+    if method == "exact":
+        rule = _Exact(lam_of, first, moving, integrals, VARIABLES[check_choice("variable", variable, VARIABLES)], order,
+                      corrector)
+    else:
+        rule = _Published(lam_of, first, moving, integrals, order, method)
 
     # Plain floats from here: numpy's scalars are slow one by one.
-    newton, alpha, sigmas_of = newton.T.tolist(), alpha.tolist(), sigmas.tolist()
-    log_rho, log_ratio = integrals.log_rho.tolist(), integrals.log_ratio.tolist()
-    eta_of = np.asarray(eta, dtype=np.float64).tolist()
-    log_g = {first - 1 - j: g for j, g in enumerate(scale.log_g(torch.from_numpy(past)).tolist() if past.size else [])}
-    for r, i in enumerate(moving):
-        log_g[first + i], log_g[first + i + 1] = float(integrals.log_g_s[r]), float(integrals.log_g_t[r])
+    sigma, alpha, log_rho = sigmas.tolist(), process.alpha(sigmas).tolist(), integrals.log_rho.tolist()
     steps, orders = [], []
     correction: Dict[int, float] = {}       # evaluation number -> weight: what the new D changes in the state x
-    slope: Dict[int, float] = {}            # the published formulas' D' of the step before, on evaluations
     for i in range(n):
-        now = first + i
-        merged: Dict[int, float] = {}
-        used, noise, x_scale = 1, 0.0, 1.0
-        if sigmas_of[i + 1] == 0:
-            x_scale, merged, correction = 0.0, {now: 1.0}, {}
-        elif sigmas_of[i] != sigmas_of[i + 1] and i not in row:
-            # Inversion to sigma = 1 of a flow model, order 1: alpha_t (1 - lambda_t / lambda_s) -> -sigma_t / lambda_s.
-            x_scale, merged = sigmas_of[i + 1] / sigmas_of[i], {now: -sigmas_of[i + 1] / lam[i]}
+        weights: Dict[int, float] = {}
+        used, noise, x_scale, s, t = 1, 0.0, 1.0, sigma[i], sigma[i + 1]
+        if t == 0:
+            x_scale, weights, correction = 0.0, {first + i: 1.0}, {}
         elif i in row:
             r = row[i]
-            rho = math.exp(log_rho[r])
-            x_scale = sigmas_of[i + 1] / sigmas_of[i] * rho
-            noise = s_noise * sigmas_of[i + 1] * math.sqrt(max(0.0, -math.expm1(2.0 * log_rho[r])))
-            coef = [-math.expm1(log_ratio[r]), *newton[r]]
-            nodes = nodes_of[i]
-            if exact:
-                level = [eta_of[i] * log_g[e] if eta_of[i] else 0.0 for e in (now + 1, *nodes)]
-                kept = coef[:2] + [c * _shared(level[1], level[k + 1]) for k, c in enumerate(coef[2:len(nodes)], 2)]
-                weights, used = _predictor(kept, nodes, tau, abs(log_ratio[r] - log_rho[r]) > _LONG)
-            else:
-                weights, slope = _published(coef, nodes, tau, slope)
-                used = len(nodes)
-            merged = {e: alpha[i + 1] * w for e, w in weights.items()}
+            x_scale = t / s * math.exp(log_rho[r])
+            noise = s_noise * t * math.sqrt(max(0.0, -math.expm1(2.0 * log_rho[r])))
+            weights, used = rule.predict(r)
+            weights = {e: alpha[i + 1] * w for e, w in weights.items()}
+        elif s != t:
+            # Inversion to sigma = 1 of a flow model, order 1: alpha_t (1 - lambda_t / lambda_s) -> -sigma_t / lambda_s.
+            x_scale, weights = t / s, {first + i: -t / float(lam[i])}
         for e, w in correction.items():
-            merged[e] = merged.get(e, 0.0) + x_scale * w
+            weights[e] = weights.get(e, 0.0) + x_scale * w
+        # The evaluation that corrects a step is the next step's, unless the run ends there or returns it.
         correction = {}
-        # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
-        if exact and (corrector or used < order) and i in row and i + 1 < n and sigmas_of[i + 2] > 0:
-            k = min(used, order)
-            last = coef[k] * (_shared(level[0], level[k]) if k > 1 else 1.0)
-            change = (_corrector(kept, last, nodes[:used], now + 1, tau, order) if math.isfinite(tau[now]) else from_far[i])
-            correction = {e: alpha[i + 1] * w for e, w in change.items()}
-        steps.append(Step(float(x_scale), tuple((now - e, float(w)) for e, w in sorted(merged.items(), reverse=True)
-                                                if w != 0.0), float(noise)))
+        if i in row and i + 1 < n and sigma[i + 2] > 0:
+            correction = {e: alpha[i + 1] * w for e, w in rule.correct(row[i], used).items()}
+        lags = sorted((first + i - e, w) for e, w in weights.items() if w != 0.0)
+        steps.append(Step(x_scale, tuple(lags), noise))
         orders.append(used)
     keep = max((lag + 1 for step in steps for lag, _ in step.denoised), default=1)
     return Plan(sigmas, tuple(steps), tuple(orders), keep)
+
+
+class _Exact:
+    """Predictor and corrector weights of the moving steps, by row, as {evaluation number: weight} of I."""
+
+    def __init__(self, lam: np.ndarray, first: int, moving: Sequence[int], integrals: StepIntegrals, variable: Variable,
+                 order: int, corrector: bool):
+        self.order, self.corrector, self.integrals = order, corrector, integrals
+        with np.errstate(divide="ignore"):
+            self.tau: List[float] = variable.tau(lam).tolist()
+        self.now = [first + i for i in moving]
+        # The corrector drops the oldest node for the new one, so the predictor may use one more at no memory of its own.
+        most = order + 1 if corrector else order
+        self.nodes = [_distinct(self.tau, e, e + 1, most) for e in self.now]
+        grid = np.full((most, len(moving)), np.nan)
+        for r, nodes in enumerate(self.nodes):
+            grid[:len(nodes), r] = [self.tau[e] for e in nodes]
+        with np.errstate(invalid="ignore"):
+            newton = integrals.newton(grid, variable).T.tolist()
+        # c_0, c_1, ... of each step.
+        self.coef = [[-math.expm1(ratio), *row] for ratio, row in zip(integrals.log_ratio.tolist(), newton)]
+        self.length = np.abs(np.log(integrals.lam_s) - np.log(integrals.lam_t)).tolist()
+        # eta log g at the new state and at the nodes, with the step's eta: what the noise of the nodes has in common.
+        known = dict(enumerate(integrals.scale.log_g(torch.from_numpy(lam[:first])).tolist())) if first else {}
+        for r, e in enumerate(self.now):
+            known[e], known[e + 1] = float(integrals.log_g_s[r]), float(integrals.log_g_t[r])
+        self.level = [[eta * known[e] if eta else 0.0 for e in (self.now[r] + 1, *self.nodes[r])]
+                      for r, eta in enumerate(integrals.eta.tolist())]
+        self.kept = [[c * _shared(level[1], level[k + 1]) if 1 < k < len(nodes) else c for k, c in enumerate(coef)]
+                     for coef, level, nodes in zip(self.coef, self.level, self.nodes)]
+
+    def predict(self, r: int) -> Tuple[Dict[int, float], int]:
+        """The weights of the highest order that does not amplify, and that order."""
+        nodes, coef, long = self.nodes[r], self.kept[r], self.length[r] > _LONG
+        where = [self.tau[e] for e in nodes]
+        total, part, used = [coef[0]], [1.0], 1
+        for k in range(1, len(nodes)):
+            part = _one_more(part, where[:k], where[k])
+            higher = [t + coef[k] * d for t, d in zip((*total, 0.0), part)]
+            if sum(map(abs, higher)) > (_AMPLIFICATION_LONG if long else _AMPLIFICATION[k]) * abs(coef[0]):
+                break
+            total, used = higher, k + 1
+        return dict(zip(nodes, total)), used
+
+    def correct(self, r: int, used: int) -> Dict[int, float]:
+        """What the evaluation at the step's end changes: the polynomial through the newest `order` of the `used` nodes and
+        the new one, less the predictor's through all of them; the terms below are common to both."""
+        # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
+        if not (self.corrector or used < self.order):
+            return {}
+        new, nodes, tau = self.now[r] + 1, self.nodes[r][:used], self.tau
+        if not math.isfinite(tau[nodes[0]]):
+            return self._correct_from_far(r)
+        k = min(used, self.order)
+        last = self.coef[r][k] * (_shared(self.level[r][0], self.level[r][k]) if k > 1 else 1.0)
+        with_new = (*nodes[:k], new)
+        change = {e: last * d for e, d in zip(with_new, divided_difference([tau[e] for e in with_new]))}
+        if used > self.order:
+            for e, d in zip(nodes, divided_difference([tau[e] for e in nodes])):
+                change[e] = change.get(e, 0.0) - self.kept[r][k] * d
+        return change
+
+    def _correct_from_far(self, r: int) -> Dict[int, float]:
+        """From lambda = infinity no polynomial in lambda leads on: a line in lambda / (1 + lambda) does."""
+        line, now = VARIABLES["unit"], self.now[r]
+        s, t = line.tau(np.array([np.inf, self.integrals.lam_t[r]])).tolist()
+        weight = float(self.integrals.newton(np.full((1, len(self.now)), s), line)[0, r]) / (t - s)
+        return {now: -weight, now + 1: weight}
+
+
+class _Published:
+    """The published second and third order formulas, with exact integrals ("paper") or ComfyUI's sums ("comfyui").
+
+    D' = (D_0 - D_1) / (lambda_0 - lambda_1) and D'' = (D'_0 - D'_1) / ((lambda_0 - lambda_2) / 2).  Source: vp_2 and
+    vp_3 of the official code.
+    """
+
+    def __init__(self, lam: np.ndarray, first: int, moving: Sequence[int], integrals: StepIntegrals, order: int,
+                 method: str):
+        self.lam: List[float] = lam.tolist()
+        self.nodes = [_distinct(self.lam, first + i, first + i + 1, order) for i in moving]
+        self.first = [-math.expm1(ratio) for ratio in integrals.log_ratio.tolist()]
+        if method == "comfyui":
+            terms = integrals.riemann()
+        else:
+            with np.errstate(invalid="ignore"):
+                one, two = integrals.newton(np.stack((integrals.lam_s, integrals.lam_s)), VARIABLES["lambda"])
+            terms = one, 0.5 * two
+        self.terms = [term.tolist() for term in terms]
+        self.before: Dict[int, float] = {}      # D' of the step before, on evaluations
+
+    def predict(self, r: int) -> Tuple[Dict[int, float], int]:
+        """The weights of step r and their order; the steps are asked for one after the other."""
+        nodes, lam = self.nodes[r], self.lam
+        weights = {nodes[0]: self.first[r]}
+        before, self.before = self.before, {}
+        if len(nodes) > 1:
+            gap = lam[nodes[0]] - lam[nodes[1]]
+            slope = self.before = {nodes[0]: 1.0 / gap, nodes[1]: -1.0 / gap}
+            parts = [(self.terms[0][r], slope)]
+            if len(nodes) > 2 and before:
+                half = 0.5 * (lam[nodes[0]] - lam[nodes[2]])
+                parts.append((self.terms[1][r], {e: (slope.get(e, 0.0) - before.get(e, 0.0)) / half
+                                                 for e in {*slope, *before}}))
+            for c, part in parts:
+                for e, d in part.items():
+                    weights[e] = weights.get(e, 0.0) + c * d
+        return weights, len(nodes)
+
+    def correct(self, r: int, used: int) -> Dict[int, float]:
+        """Nothing: the published formulas have no corrector."""
+        return {}
 
 
 def _distinct(tau: Sequence[float], now: int, nxt: int, order: int) -> List[int]:
@@ -382,53 +454,3 @@ def _shared(log_g_new: float, log_g_old: float) -> float:
     noise did to D is not smooth, and they would amplify it.  1 for the ODE, and for every member as steps get short.
     """
     return math.exp(min(0.0, 2.0 * (log_g_new - log_g_old)))
-
-
-def _predictor(coef: Sequence[float], nodes: Sequence[int], tau: Sequence[float],
-               long: bool) -> Tuple[Dict[int, float], int]:
-    """The weights on the evaluations of the highest order that does not amplify, and that order."""
-    where = [tau[e] for e in nodes]
-    total, part, used = [coef[0]], [1.0], 1
-    for k in range(1, len(nodes)):
-        part = _one_more(part, where[:k], where[k])
-        higher = [t + coef[k] * d for t, d in zip((*total, 0.0), part)]
-        if sum(map(abs, higher)) > (_AMPLIFICATION_LONG if long else _AMPLIFICATION[k]) * abs(coef[0]):
-            break
-        total, used = higher, k + 1
-    return dict(zip(nodes, total)), used
-
-
-def _corrector(coef: Sequence[float], last: float, nodes: Sequence[int], new: int, tau: Sequence[float],
-               order: int) -> Dict[int, float]:
-    """What the new evaluation changes: the polynomial through the newest `order` of `nodes` and the new one, its highest
-    coefficient `last`, less the predictor's through all of `nodes`; the terms below are common to both."""
-    k = min(len(nodes), order)
-    with_new = (*nodes[:k], new)
-    change = {e: last * d for e, d in zip(with_new, divided_difference([tau[e] for e in with_new]))}
-    if len(nodes) > order:
-        for e, d in zip(nodes, divided_difference([tau[e] for e in nodes])):
-            change[e] = change.get(e, 0.0) - coef[k] * d
-    return change
-
-
-def _published(coef: Sequence[float], nodes: Sequence[int], lam: Sequence[float],
-               before: Dict[int, float]) -> Tuple[Dict[int, float], Dict[int, float]]:
-    """The weights of the published second and third order formulas, and their D' for the next step.
-
-    D' = (D_0 - D_1) / (lambda_0 - lambda_1) and D'' = (D'_0 - D'_1) / ((lambda_0 - lambda_2) / 2).  Source: vp_2 and
-    vp_3 of the official code.
-    """
-    weights = {nodes[0]: coef[0]}
-    if len(nodes) < 2:
-        return weights, {}
-    gap = lam[nodes[0]] - lam[nodes[1]]
-    slope = {nodes[0]: 1.0 / gap, nodes[1]: -1.0 / gap}
-    terms = [(coef[1], slope)]
-    if len(nodes) > 2 and before:
-        half = 0.5 * (lam[nodes[0]] - lam[nodes[2]])
-        change = {e: (slope.get(e, 0.0) - before.get(e, 0.0)) / half for e in {*slope, *before}}
-        terms.append((coef[2], change))
-    for c, part in terms:
-        for e, d in part.items():
-            weights[e] = weights.get(e, 0.0) + c * d
-    return weights, slope
