@@ -99,7 +99,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     start, end = window(values) if callable(window) else window
     etas = np.where((values[:-1] <= start) & (values[:-1] > end), eta, 0.0)
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
-        sigmas, values = _offset_first(sigmas, values)
+        sigmas, values = _offset_first(model, sigmas, values)
     plan = make_plan(values, process, scale, etas, s_noise, order, corrector, method)
     widest = torch.finfo(x.dtype).max
     if max(values.max(), *(step.noise for step in plan.steps)) > widest:
@@ -116,15 +116,12 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     return run(plan, model, x, sigmas, noise, extra_args, callback, disable)
 
 
-def _offset_first(sigmas, values):
-    """The published formulas cannot start at lambda = infinity: ComfyUI starts at the sigma of 0.01 % of the schedule.
-
-    Without a model to ask, that is 1 - 1e-4 (a flow model of shift 1); the host adapter hands over the model's own.
-    """
-    values = values.copy()
-    values[0] = max(1.0 - 1e-4, 0.5 * (1.0 + values[1]))
-    sigmas = torch.as_tensor(sigmas).clone()
-    sigmas[0] = values[0]
+def _offset_first(model, sigmas, values):
+    """The published formulas cannot start at lambda = infinity: the schedule with its first sigma a little below 1."""
+    sigmas, values = torch.as_tensor(sigmas).clone(), values.copy()
+    # Short of the next sigma, however little of the schedule is left; in the schedule's dtype, as the host has it.
+    sigmas[0] = max(hosts.first_flow_sigma(model), 0.5 * (1.0 + values[1]))
+    values[0] = float(sigmas[0])
     return sigmas, values
 
 

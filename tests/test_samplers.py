@@ -252,3 +252,34 @@ def test_window_is_read_off_the_hosts_model():
     assert percent_to_sigma(table, sigmas, 0.3125) == pytest.approx(10 ** 0.75)
     assert percent_to_sigma(gaussian(), sigmas, 0.5) == pytest.approx(sigmas[5])
     assert percent_to_sigma(gaussian(), sigmas, 0.0) == float("inf") and percent_to_sigma(gaussian(), sigmas, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("wrap, first", [
+    (lambda model: model, 1 - 1e-4),
+    (lambda model: Wrapped(model, model_patcher=Thing(get_model_object=lambda name: Steep())), 1 - 1e-3),
+    (lambda model: Wrapped(model, sigmas=torch.linspace(0, 1, 1001)), 1 - 1e-4),
+])
+def test_comfyui_starts_a_flow_model_where_the_host_does(wrap, first):
+    """Its formulas have no step from sigma = 1; "exact" starts there as it is."""
+    model = gaussian(process="flow")
+    for method, want in (("comfyui", first), ("exact", 1.0)):
+        seen = []
+        sample(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), x=torch.ones(2, 4, dtype=torch.float64),
+               model=wrap(model), process="flow", method=method, callback=lambda info: seen.append(info["sigma"].item()))
+        assert seen[0] == pytest.approx(want, rel=0, abs=1e-7) and seen[1] == 0.5
+
+
+class Steep(CONST):
+    @staticmethod
+    def percent_to_sigma(percent):
+        return 1.0 - 10 * percent
+
+
+class Wrapped:
+    """A model behind a host's attributes."""
+
+    def __init__(self, model, **inner):
+        self.model, self.inner_model = model, Thing(**inner)
+
+    def __call__(self, x, sigma, **kw):
+        return self.model(x, sigma, **kw)

@@ -64,6 +64,15 @@ def percent_to_sigma(model, sigmas: np.ndarray, percent: float) -> float:
     return float(np.interp(percent * (len(sigmas) - 1), np.arange(len(sigmas)), sigmas))
 
 
+def first_flow_sigma(model) -> float:
+    """Where ComfyUI's er_sde starts a flow model whose schedule begins at 1: the sigma at 0.01 % of the model's schedule.
+
+    For a model without one that is 1 - 1e-4, as for a shift of 1.
+    """
+    known = hasattr(_model_sampling(model), "percent_to_sigma") or _table(model) is not None
+    return percent_to_sigma(model, np.empty(0), 1e-4) if known else 1.0 - 1e-4
+
+
 def _table(model) -> Optional[np.ndarray]:
     """The host's ascending sigmas over training time, float64, or None."""
     for part in _chain(model):

@@ -51,24 +51,12 @@ def sampler_function(preset: Preset):
         if preset.method == "comfyui":
             import comfy.k_diffusion.sampling
 
-            # The host's noise and its first sigma belong to what this method reproduces.
+            # The host's noise belongs to what this method reproduces.
             if noise_sampler is None:
                 noise_sampler = comfy.k_diffusion.sampling.default_noise_sampler(x, seed=(extra_args or {}).get("seed"))
-            sigmas = _below_one(sigmas, sampling)
         return sample_preset(model, x, sigmas, settings, extra_args, callback, disable, noise_sampler=noise_sampler)
 
     return sample_er_sde
-
-
-def _below_one(sigmas, sampling):
-    """`sigmas` with a flow model's first sigma of 1, where lambda is infinite, moved to 0.01 % of its schedule."""
-    import comfy.model_sampling
-
-    if len(sigmas) < 2 or not isinstance(sampling, comfy.model_sampling.CONST) or sigmas[0] < 1:
-        return sigmas
-    sigmas = sigmas.clone()
-    sigmas[0] = sampling.percent_to_sigma(1e-4)
-    return sigmas
 
 
 def preset_names():
