@@ -246,7 +246,8 @@ def schedule(name: str, steps: int, calls: int) -> Tensor:
     if name == "exponential":
         grid = torch.linspace(np.log(14.6), np.log(0.03), steps, dtype=torch.float64).exp()
         return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
-    return flow_schedule(steps, float(name.split()[1]), low=1 / calls)
+    shift, time = float(name.split()[1]), 1 / calls
+    return flow_schedule(steps, low=shift * time / (1 + (shift - 1) * time), shift=shift)
 
 
 @functools.lru_cache(None)

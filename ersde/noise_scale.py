@@ -33,7 +33,7 @@ class NoiseScale:
         power: q where g = lambda^q exactly, so that integrals have a closed form; else None.
         peak: lambda above which g would fall.  g keeps its value at the peak from there on: the family needs g
             non-decreasing, so that rho = (g(lambda_t) / g(lambda_s))^eta never exceeds 1.
-        sample: whether the function is only known from a user's callable, and so must be checked on each schedule.
+        from_user: whether the function is a user's callable, and so must be checked on each schedule.
     """
 
     name: str
@@ -42,7 +42,7 @@ class NoiseScale:
     log_g_far: float
     power: Optional[float] = None
     peak: float = math.inf
-    sample: bool = False
+    from_user: bool = False
 
     def log_g(self, lam) -> Tensor:
         """log g(lambda), float64, of lambda's shape; lambda = inf gives the limit, lambda = 0 counts as 1e-300."""
@@ -137,7 +137,7 @@ def from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScale:
         return torch.log(value) - torch.log(lam)
 
     far = float(log_g(torch.tensor([_LAMBDA_FAR], dtype=torch.float64))[0])
-    return NoiseScale(name, "phi / lambda", log_g, far, sample=True)
+    return NoiseScale(name, "phi / lambda", log_g, far, from_user=True)
 
 
 def get_noise_scale(noise_scale: Union[str, NoiseScale, Callable]) -> NoiseScale:

@@ -12,7 +12,7 @@ import torch
 
 from .errors import check_choice, check_real
 from .noise_scale import NOISE_SCALES, NoiseScale, get_noise_scale
-from .process import check_sigmas, get_process
+from .process import check_sigmas, get_process, start_below_one
 from .weights import METHODS, Plan, make_plan
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a dash pattern each for print.
@@ -140,8 +140,7 @@ def make_plot_plan(sigmas, process="ve", noise_scale="sde_5", eta=1.0, s_noise: 
         raise ValueError(f"sigmas must have at least 2 entries, got {len(values)}")
     check_choice("method", method, METHODS)
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
-        # ComfyUI's formulas cannot start at lambda = infinity; the sampler moves the first sigma alike.
-        values = np.concatenate(([max(1.0 - 1e-4, 0.5 * (1.0 + values[1]))], values[1:]))
+        values = start_below_one(values)
     etas = np.broadcast_to(np.asarray(eta, dtype=np.float64), (len(values) - 1,))
     return make_plan(values, process, get_noise_scale(noise_scale), etas, s_noise, order, corrector, method)
 

@@ -40,6 +40,17 @@ def get_process(process) -> Process:
     return process if isinstance(process, Process) else PROCESSES[check_choice("process", process, PROCESSES)]
 
 
+def start_below_one(sigmas: np.ndarray, first: float = 1.0 - 1e-4) -> np.ndarray:
+    """`sigmas` of a flow model with a first sigma of 1 moved to `first`, but not below the middle to the next sigma.
+
+    The published formulas cannot start at lambda = infinity; the default is ComfyUI's for a model of shift 1.
+    """
+    sigmas = np.array(sigmas, dtype=np.float64)
+    if sigmas[0] >= 1.0:
+        sigmas[0] = max(first, 0.5 * (1.0 + sigmas[1]))
+    return sigmas
+
+
 def check_sigmas(sigmas, process: Process) -> np.ndarray:
     """`sigmas` as float64 numpy, checked: the one read of the schedule from its device, before the first model call.
 

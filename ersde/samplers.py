@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Callable, Mapping, Optional, Tuple, Union
 
 import numpy as np
@@ -19,7 +20,7 @@ from .errors import check_bool, check_choice, check_int, check_real
 from .noise import SeededNoise
 from .noise_scale import get_noise_scale
 from .presets import PRESETS, Preset, get_preset
-from .process import check_sigmas, get_process
+from .process import check_sigmas, get_process, start_below_one
 from .solver import run
 from .weights import METHODS, make_plan
 
@@ -90,7 +91,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     if x.ndim == 0:
         raise ValueError("x must have a batch dimension, got a tensor of shape ()")
     process = get_process(hosts.read_process(model) if process is None else process)
-    values = check_sigmas(sigmas, process)
+    values = check_sigmas(sigmas, process).copy()
     if len(values) < 2:
         return x
     if values[-1] > values[0] and eta != 0 and scale.power != 0:
@@ -99,7 +100,9 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     start, end = window(values) if callable(window) else window
     etas = np.where((values[:-1] <= start) & (values[:-1] > end), eta, 0.0)
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
-        sigmas, values = _offset_first(model, sigmas, values)
+        sigmas = torch.as_tensor(sigmas).clone()
+        sigmas[0] = start_below_one(values, hosts.first_flow_sigma(model))[0]
+        values[0] = float(sigmas[0])        # as it is in the schedule's dtype, which is what the host's sampler sees
     plan = make_plan(values, process, scale, etas, s_noise, order, corrector, method)
     widest = torch.finfo(x.dtype).max
     if max(values.max(), *(step.noise for step in plan.steps)) > widest:
@@ -114,15 +117,6 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     else:
         noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
     return run(plan, model, x, sigmas, noise, extra_args, callback, disable)
-
-
-def _offset_first(model, sigmas, values):
-    """The published formulas cannot start at lambda = infinity: the schedule with its first sigma a little below 1."""
-    sigmas, values = torch.as_tensor(sigmas).clone(), values.copy()
-    # Short of the next sigma, however little of the schedule is left; in the schedule's dtype, as the host has it.
-    sigmas[0] = max(hosts.first_flow_sigma(model), 0.5 * (1.0 + values[1]))
-    values[0] = float(sigmas[0])
-    return sigmas, values
 
 
 def _preset_function(preset: Preset) -> Callable:
@@ -145,5 +139,6 @@ def _preset_function(preset: Preset) -> Callable:
     return sample
 
 
-SAMPLERS: Mapping[str, Callable] = {f"sample_er_sde_{name}": _preset_function(preset) for name, preset in PRESETS.items()}
+SAMPLERS: Mapping[str, Callable] = MappingProxyType(
+    {f"sample_er_sde_{name}": _preset_function(preset) for name, preset in PRESETS.items()})
 """One k-diffusion-style function per built-in preset, by its name; all of them are attributes of `ersde`."""

@@ -99,7 +99,7 @@ class StepIntegrals:
         self.log_g_s = self._log_g(lam_s)
         self.log_g_t = self._log_g(lam_t)
         log_g = self._log_g(self._lam)
-        if scale.sample:
+        if scale.from_user:
             self._check_rising(log_g)
         # log of phi_t / phi_s and of phi_t / phi(lambda); at lambda_s = infinity the ratio is 0.
         with np.errstate(invalid="ignore"):

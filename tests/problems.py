@@ -11,6 +11,8 @@ from typing import Optional
 
 import torch
 
+from ersde.demo.mixture import flow_schedule, karras  # noqa: F401 (the schedules of the problems)
+
 Tensor = torch.Tensor
 
 
@@ -132,18 +134,6 @@ def flow_exact(model: Mixture, x: Tensor, sigmas: Tensor, steps: int = 4000) -> 
     if sigmas[-1] == 0:
         x = model(x, torch.full((x.shape[0],), low, dtype=torch.float64))
     return x
-
-
-def karras(steps: int, sigma_max: float = 14.6, sigma_min: float = 0.03, rho: float = 7.0) -> Tensor:
-    """The Karras et al. schedule with a final 0, shape (steps + 1,), float64."""
-    ramp = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64) ** rho
-    return torch.cat([ramp, torch.zeros(1, dtype=torch.float64)])
-
-
-def flow_schedule(steps: int, shift: float = 3.0, low: Optional[float] = None) -> Tensor:
-    """Equal steps of time from 1, shifted as SD3 does, with a final 0, shape (steps + 1,), float64."""
-    t = torch.linspace(1, 1 / steps if low is None else low, steps, dtype=torch.float64)
-    return torch.cat([shift * t / (1 + (shift - 1) * t), torch.zeros(1, dtype=torch.float64)])
 
 
 def rms(a: Tensor, b: Tensor) -> float:
