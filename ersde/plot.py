@@ -215,7 +215,7 @@ def plot_weights(plan: Plan, title: str = ""):
     """
     steps = plan.steps
     noisy = any(step.noise for step in steps)
-    lags = sorted({lag for step in steps for lag, _ in step.denoised})
+    lags = sorted({lag for step in steps for lag, _ in step.evaluations})
     ratios = (4, 1.5, 1) if noisy else (4, 1)
     figure, axes = new_figure(11, 6.4 if noisy else 5.2, len(ratios), 1, sharex=True, height_ratios=ratios)
     top, bottom = axes[0, 0], axes[-1, 0]
@@ -223,7 +223,7 @@ def plot_weights(plan: Plan, title: str = ""):
     width = 0.84 / max(1, len(lags))
     colours = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
     for k, lag in enumerate(lags):
-        weight = [dict(step.denoised).get(lag, 0.0) for step in steps]
+        weight = [dict(step.evaluations).get(lag, 0.0) for step in steps]
         top.bar(number + (k - (len(lags) - 1) / 2) * width, weight, width, color=colours[k % len(colours)],
                 label="D, newest" if lag == 0 else f"D, {lag} before")
     top.plot(number, [step.x_scale for step in steps], "o-", color="#555555", linewidth=1.0, markersize=4,

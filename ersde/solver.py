@@ -1,17 +1,18 @@
-"""Running a plan: per step one linear combination of the state, the denoiser's history and the noise.
+"""Running a plan: per step one linear combination of the state, the changes of the denoiser and the noise.
 
-Nothing here reads from the device: the weights are Python floats made before the first model call.  The one look at the
-result is after the last step.
+Nothing here reads from the device: the weights are Python floats made before the first model call, and the trust in a long
+step's extrapolation is a tensor of one number per picture.  The one look at the result is after the last step.
 """
 from __future__ import annotations
 
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from .weights import Plan
+from .weights import Plan, Settle, Step
 
 Tensor = torch.Tensor
+_TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
 
 
 def _steps(count: int, disable: Optional[bool]):
@@ -42,35 +43,101 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     at = list(sigmas.unbind())
     # One contiguous copy of the schedule per batch item in x's dtype, so that a step makes no tensor of its own for it.
     for_model = sigmas.to(x.dtype).to(x.device)[:, None].repeat(1, x.shape[0]).unbind()
-    past: List[Tensor] = list(history)
+    newest = history[0] if history else None
+    changes: List[Tensor] = [new - old for new, old in zip(history, history[1:])]
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
+    base = None                 # the state without the bend of the step before, where that had one
+    one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for i in _steps(count, disable):
         denoised = model(x, for_model[i], **extra_args)
-        sums.append(denoised.sum(dtype=torch.float32))
         if callback is not None:
             callback({"x": x, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
-        past.insert(0, denoised)
-        del past[plan.history:]
+        if newest is not None and plan.history:
+            changes.insert(0, denoised - newest)
+            del changes[plan.history:]
+        newest = denoised
         step = plan.steps[i]
-        if step.x_scale == 0.0 and step.denoised == ((0, 1.0),) and step.noise == 0.0:
-            x = denoised.to(x.dtype)
+        if step.bend:
+            trust, size = _trust(denoised, changes, step, one)
+            sums.append(size)
+        else:
+            sums.append(denoised.sum(dtype=torch.float32))
+        if step.last:
+            x = denoised.to(x.dtype) if step.settle is None else _settled(step.settle, x, base, denoised, changes, one)
             continue
         # The product is a new tensor (the callback or the model may hold the old x), all else is added in place.
-        x = x * step.x_scale
-        for lag, weight in step.denoised:
-            x.add_(past[lag], alpha=weight)
+        x = (base if step.from_base else x) * step.x_scale
+        x.add_(denoised, alpha=step.denoised)
+        for change, weight in zip(changes, step.changes):
+            x.add_(change, alpha=weight)
         if step.noise != 0.0:
             x.add_(noise(i), alpha=step.noise)
+        base = None
+        if step.bend:
+            base = x
+            x = _bent(x, changes, step.bend, trust)
     _check_finite(x, sums, plan)
     return x
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm of each picture, float32 or wider, shape (batch, 1, ...)."""
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+    if x.ndim == 1:
+        return x.abs() if wide is None else x.abs().to(wide)
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True, dtype=wide)
+
+
+def _trust(denoised: Tensor, changes: Sequence[Tensor], step: Step, one: Tensor) -> Tuple[Tensor, Tensor]:
+    """theta = clamp(2 - m^2, 0, 1) / (1 + s^2) of each picture (see `ersde.weights`), and |D_0|."""
+    size, change = _norm(denoised), _norm(changes[0]).clamp_(min=_TINY)
+    share = change / size               # infinite for D = 0, where the trust is 0
+    wide = torch.addcmul(one, share, share, value=step.common)
+    if step.ratio == 0.0:
+        return wide.reciprocal_(), size
+    miss = _norm(torch.sub(changes[0], changes[1], alpha=step.ratio)).div_(change)
+    most = 2.0 + (1.0 - step.common) * (1.0 + step.ratio ** 2)
+    return torch.rsub(miss.square_(), most).clamp_(0.0, 1.0).div_(wide), size
+
+
+def _bent(x: Tensor, changes: Sequence[Tensor], bend: Sequence[float], trust: Tensor) -> Tensor:
+    """x + trust * sum of bend_j R_j, a new tensor of x's dtype."""
+    trust = trust.to(x.dtype) if trust.dtype != x.dtype else trust
+    out = x
+    for change, weight in zip(changes, bend):
+        change = change.to(x.dtype) if change.dtype != x.dtype else change
+        out = torch.addcmul(x, change, trust, value=weight) if out is x else out.addcmul_(change, trust, value=weight)
+    return out
+
+
+def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor, changes: Sequence[Tensor],
+             one: Tensor) -> Tensor:
+    """D with the last correction, see `Settle`; exactly D where the evaluations did not change, as under a mask.
+
+    base: x without the bend of the step before, or None.
+    """
+    found = torch.zeros_like(denoised)
+    for change, weight in zip(changes, settle.changes):
+        found.add_(change, alpha=weight)
+    if base is not None:
+        found.add_(torch.sub(base, x), alpha=1.0 / settle.alpha)
+    size = _norm(changes[0])
+    removed = torch.sub(x, denoised, alpha=settle.alpha).mul_(changes[0])
+    along = removed.to(one.dtype) if x.ndim == 1 else removed.sum(dim=tuple(range(1, x.ndim)), keepdim=True, dtype=one.dtype)
+    along = along / settle.alpha
+    # J = |v|^2 / <v, D - y> in [0, 1] with v = -slope R_0.
+    slope = (settle.slope * size * size / along.clamp(min=_TINY)).clamp_(max=1.0) * (along > 0)
+    far = _norm(found) / (settle.slope * size).clamp_(min=_TINY)
+    gain = settle.share * slope / torch.addcmul(one, far, far)
+    return torch.addcmul(denoised, found, gain.to(denoised.dtype)).to(x.dtype)
 
 
 def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan) -> None:
     """The one look at the device, after the last step; only a bad result makes a second one, to name the first cause."""
     if x.isfinite().all().cpu().numpy():
         return
-    bad = ~torch.stack(list(sums)).isfinite().cpu().numpy()
+    bad = torch.stack([~s.isfinite().all() for s in sums]).cpu().numpy()
     if bad.any():
         i = int(bad.argmax())
         cause = " (its own doing, or the noise of the step before was not finite)" if i else ""

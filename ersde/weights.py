@@ -18,9 +18,40 @@ logarithms.  Only log phi is needed, so nothing overflows, and lambda_s may be i
 The corrector adds the new evaluation at tau_t as one more node, behind the others.  The first k coefficients stay as they
 are, so its change of x_t is the single term alpha_t c_k D[tau_0, ..., tau_{k-1}, tau_t].
 
-Two rules keep a polynomial from amplifying what is not one, by the schedule alone.  Terms of second and higher order are
-weighted by the share of the state's noise that is common to their nodes (`_shared`), since fresh noise makes D rough.  And
-the order drops where the weights would amplify errors (`_AMPLIFICATION`).  Neither changes the order of convergence.
+The interpolation variable is lambda.  Others (asinh lambda, log lambda, lambda / (c + lambda)) are more accurate without
+guidance, and wild with it on a trained network; benchmarks/variables.py measures them.
+
+**The order adapts**, by the schedule and by what the run shows.  With the corrector a step of log length
+h = |log(lambda_s / lambda_t)| up to `_FULL` interpolates one evaluation more.  A step longer than `_SHORT` is the part that
+holds D constant, and a bend V = sum_{k >= 1} c_k D[...] of which only theta V is added.  The trust theta in [0, 1] is
+measured for each picture of a batch by the newest evaluations, at no model call:
+
+    theta = clamp(2 - m^2, 0, 1) / (1 + s^2),    m = |R - T| / |R|,  s = |R| / |D_0|,
+
+with R = D_0 - D_1 the newest change, and T = (tau_0 - tau_1) D[tau_1, tau_2] what the line through the two evaluations before
+it had predicted of it.  R - T is the corrector's estimate of the local error, over what it multiplies.
+
+* m compares the prediction that is to be repeated with the prediction of no change at all, whose error is R: m <= 1 where
+  bending was right the last time.  Beyond, an overshoot, the bend fades, and is gone at m^2 = 2, what two unrelated
+  changes of one size have.
+* s says how far from a small perturbation the change is.  If V is off by an error of relative size s, uncorrelated with what
+  is right, |theta V - V_right|^2 is least in the mean at Wiener's gain theta = 1 / (1 + s^2).  Interpolation is of no use
+  where D changes by as much as it is, as in the first steps at high guidance, where the bend and the correction of the step
+  before would both take the same change into account.  It needs no third evaluation, which the first bend has not got.
+
+The corrector of such a step replaces all of V, so that what theta left out is not lost, only late.  Fresh noise makes D change
+without any fault of the prediction: with a share rho^2 of the noise common to D_0 and D_1, s^2 counts as rho^2 s^2, and
+(1 - rho^2) (1 + |T|^2 / |D_1 - D_2|^2) is taken off m^2, what it would be if all changes were the noise's.
+
+Two more rules depend on the schedule alone.  Terms of second and higher order are weighted by the share of the state's noise
+that is common to their nodes (`_shared`), since fresh noise makes D rough.  And the order drops where the weights would
+amplify errors (`_AMPLIFICATION`), after a step much shorter than its successor.  None changes the order of convergence.
+
+**The last correction.**  The step to sigma = 0 returns D, and no evaluation follows to use the correction E of the state
+that D was made at.  To first order D changes by J E, J = dD/dy, y = x / alpha.  For Gaussian data dD / dlog lambda =
+-J (y - D), so that J along the last change is about |v|^2 / <v, D - y> for v = dD / dlog lambda there, which is taken from
+the chord in lambda, R / (lambda_s / lambda_t - 1).  It is clamped to [0, 1], and weighted by 1 / (1 + |E|^2 / |v|^2), since
+a correction larger than the change itself says that the line does not hold, and by the noise shared over the step.
 
 All arithmetic is numpy float64 on the CPU.
 """
@@ -28,8 +59,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import MappingProxyType
-from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -62,12 +94,19 @@ def _unit(lam):
     return np.where(np.isinf(lam), 1.0, lam / (1.0 + np.where(np.isinf(lam), 0.0, lam)))
 
 
+def _rational(lam):
+    lam = np.asarray(lam, dtype=np.float64)
+    return np.where(np.isinf(lam), 1.0, lam / (2.0 + np.where(np.isinf(lam), 0.0, lam)))
+
+
 VARIABLES: Mapping[str, Variable] = MappingProxyType({v.name: v for v in (
     Variable("lambda", lambda lam: np.asarray(lam, dtype=np.float64), lambda lam: lam),
     Variable("asinh", np.arcsinh, lambda lam: lam / np.sqrt(1.0 + lam * lam)),
     Variable("log", np.log, np.ones_like),
     Variable("unit", _unit, lambda lam: lam / (1.0 + lam) ** 2),
+    Variable("rational", _rational, lambda lam: 2.0 * lam / (2.0 + lam) ** 2),
 )})
+"""The interpolation variables by name; "rational" is lambda / (2 + lambda), "unit" lambda / (1 + lambda)."""
 
 
 class StepIntegrals:
@@ -215,16 +254,54 @@ def _one_more(weights: Sequence[float], nodes: Sequence[float], new: float) -> L
 
 
 @dataclass(frozen=True)
-class Step:
-    """x_next = x_scale * x + sum of weight * D over `denoised` + noise_scale * z.
+class Settle:
+    """The last correction: D_0 + J share E / (1 + |E|^2 / |slope R_0|^2), see the module's text.
 
-    `denoised` holds (lag, weight): lag 0 is the evaluation just made, lag 1 the one before.  The weights of the corrector,
-    which amends the step before this one, are merged in: x is the state the evaluation was made at.
+    Attributes:
+        changes: weights of E on R_0, R_1, ..., less the bend of the step before if it had one.
+        slope: of D in log lambda at the new state, over R_0.
+        share: of the noise common to both ends of the step before.
+        alpha: of the new state, y = x / alpha.
+    """
+
+    changes: Tuple[float, ...]
+    slope: float
+    share: float
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """x_next = x_scale * x + denoised * D_0 + sum of changes_j R_j + noise * z + trust * sum of bend_j R_j.
+
+    D_0 is the evaluation just made, D_1 the one before, and R_j = D_j - D_{j+1}.  The weights of the corrector, which amends
+    the step before this one, are merged in.
+
+    Attributes:
+        bend: weights that the trust multiplies, or () where all is in `changes`.
+        ratio: of the change R_0 that the line through the two evaluations before predicts, to R_1; 0 where there is none.
+        common: the share of the noise, in variance, that is the same at D_0 and D_1.
+        from_base: x is the state without the bend of the step before, not the state the evaluation was made at.
+        last: the step to sigma = 0, x_next = D_0 but for `settle`.
     """
 
     x_scale: float
-    denoised: Tuple[Tuple[int, float], ...]
+    denoised: float
+    changes: Tuple[float, ...]
     noise: float
+    bend: Tuple[float, ...] = ()
+    ratio: float = 0.0
+    common: float = 1.0
+    from_base: bool = False
+    last: bool = False
+    settle: Optional[Settle] = None
+
+    @property
+    def evaluations(self) -> Tuple[Tuple[int, float], ...]:
+        """The weights on D_0, D_1, ... as (lag, weight), those of a trust of 1."""
+        total = [a + b for a, b in zip_longest(self.changes, self.bend, fillvalue=0.0)]
+        weights = [new - old for new, old in zip((*total, 0.0), (-self.denoised, *total))]
+        return tuple((lag, w) for lag, w in enumerate(weights) if w != 0.0)
 
 
 @dataclass(frozen=True)
@@ -235,7 +312,7 @@ class Plan:
         sigmas: shape (steps + 1,), float64: the checked schedule, up to its first zero.
         steps: one `Step` per model call.
         orders: how many evaluations each step's predictor interpolates.
-        history: how many evaluations a run must keep, the newest included.
+        history: how many changes R_j a run must keep.
     """
 
     sigmas: np.ndarray
@@ -244,31 +321,33 @@ class Plan:
     history: int
 
 
+# Steps up to this log length are at full trust.
+_SHORT = 0.15
+# Steps up to this log length take one node more with the corrector.
+_FULL = 0.5
 # A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is at
 # most three times that of the Adams-Bashforth method of the same order.  Regular schedules stay below half of it; after a
 # step much shorter than its successor (a nearly repeated sigma) the order drops instead.
 _AMPLIFICATION = (1.0, 3 * 2.0, 3 * 44 / 12, 3 * 160 / 24, 3 * 8794 / 720, 3 * 32812 / 1440)
-# A step longer than this in log lambda reaches beyond what a denoiser's polynomial is good for: there even the sum for equal
-# steps of order 3 is too much.  It is the last steps of flow schedules, equal in sigma, that the rule is about.
-_LONG, _AMPLIFICATION_LONG = 0.5, 2.5
 # Two evaluations closer than this fraction of the step count as one: the newer one stands for both.
 _SAME = 1e-3
 
 
 def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.ndarray, s_noise: float = 1.0,
               order: int = 3, corrector: bool = True, method: str = "exact", variable: str = "lambda",
-              history: Sequence[float] = ()) -> Plan:
+              adapt: bool = True, history: Sequence[float] = ()) -> Plan:
     """The weights of every step of a run.
 
     Args:
         sigmas: shape (steps + 1,), checked by `process.check_sigmas`.
         eta: shape (steps,), the eta of each step (0 outside the stochastic window).
         s_noise: factor of the noise's standard deviation.
-        order: 1 to `METHODS[method]`; the first steps use as many evaluations as there are.  Without the corrector a step
-            interpolates `order` evaluations.  With it, the corrected step interpolates `order` and the new one, and the
-            predictor `order + 1`: both are of order `order + 1`.
+        order: 1 to `METHODS[method]`; the first steps use as many evaluations as there are.  A step interpolates `order`
+            evaluations, and with the corrector again `order`, the newest among them.  Short steps with the corrector
+            interpolate `order + 1`.
         corrector: whether each evaluation also corrects the step that led to it ("exact" only).
         variable: in which D is interpolated, a name of `VARIABLES` ("exact" only).
+        adapt: whether steps measure their trust; False: full trust in all ("exact" only).
         history: sigmas of evaluations made before the first step, newest first, that the run starts with.
     """
     check_choice("method", method, METHODS)
@@ -286,61 +365,106 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
     lam_of = np.concatenate((past[::-1], lam))
     if method == "exact":
         rule = _Exact(lam_of, first, moving, integrals, VARIABLES[check_choice("variable", variable, VARIABLES)], order,
-                      corrector)
+                      corrector, adapt)
     else:
         rule = _Published(lam_of, first, moving, integrals, order, method)
 
     # Plain floats from here: numpy's scalars are slow one by one.
     sigma, alpha, log_rho = sigmas.tolist(), process.alpha(sigmas).tolist(), integrals.log_rho.tolist()
     steps, orders = [], []
-    correction: Dict[int, float] = {}       # evaluation number -> weight: what the new D changes in the state x
+    correction: Optional[Correction] = None     # of the state x, by the new D
     for i in range(n):
+        now = first + i
         weights: Dict[int, float] = {}
-        used, noise, x_scale, s, t = 1, 0.0, 1.0, sigma[i], sigma[i + 1]
+        bend: Dict[int, float] = {}
+        used, noise, x_scale, ratio, common, s, t = 1, 0.0, 1.0, 0.0, 1.0, sigma[i], sigma[i + 1]
         if t == 0:
-            x_scale, weights, correction = 0.0, {first + i: 1.0}, {}
-        elif i in row:
+            settle = _settle(correction, now, log_rho[row[i - 1]], alpha[i]) if correction is not None and corrector else None
+            steps.append(Step(0.0, 1.0, (), 0.0, last=True, settle=settle))
+            orders.append(1)
+            break
+        if i in row:
             r = row[i]
             x_scale = t / s * math.exp(log_rho[r])
             noise = s_noise * t * math.sqrt(max(0.0, -math.expm1(2.0 * log_rho[r])))
-            weights, used = rule.predict(r)
+            weights, bend, (ratio, common), used = rule.predict(r)
             weights = {e: alpha[i + 1] * w for e, w in weights.items()}
+            bend = {e: alpha[i + 1] * w for e, w in bend.items()}
         elif s != t:
             # Inversion to sigma = 1 of a flow model, order 1: alpha_t (1 - lambda_t / lambda_s) -> -sigma_t / lambda_s.
-            x_scale, weights = t / s, {first + i: -t / float(lam[i])}
-        for e, w in correction.items():
-            weights[e] = weights.get(e, 0.0) + x_scale * w
-        # The evaluation that corrects a step is the next step's, unless the run ends there or returns it.
-        correction = {}
-        if i in row and i + 1 < n and sigma[i + 2] > 0:
-            correction = {e: alpha[i + 1] * w for e, w in rule.correct(row[i], used).items()}
-        lags = sorted((first + i - e, w) for e, w in weights.items() if w != 0.0)
-        steps.append(Step(x_scale, tuple(lags), noise))
+            x_scale, weights = t / s, {now: -t / float(lam[i])}
+        if correction is not None:
+            for e, w in correction.weights.items():
+                weights[e] = weights.get(e, 0.0) + x_scale * alpha[i] * w
+        denoised, changes = _changes(weights, now)
+        steps.append(Step(x_scale, denoised, changes, noise, _changes(bend, now)[1], ratio, common,
+                          correction is not None and correction.from_base))
         orders.append(used)
-    keep = max((lag + 1 for step in steps for lag, _ in step.denoised), default=1)
+        # The evaluation that corrects a step is the next step's.
+        correction = rule.correct(row[i], used, bool(bend)) if i in row and i + 1 < n else None
+    keep = max(max(len(s.changes), len(s.bend), 2 if s.bend else 0, len(s.settle.changes) if s.settle else 0) for s in steps)
     return Plan(sigmas, tuple(steps), tuple(orders), keep)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What the evaluation at a step's end changes in I, as {evaluation number: weight}.
+
+    Attributes:
+        weights: of the corrected I less the predicted one, or less the predicted one without its bend.
+        from_base: which of the two.
+        length: of the step in log lambda.
+    """
+
+    weights: Dict[int, float]
+    from_base: bool
+    length: float
+
+
+def _changes(weights: Mapping[int, float], newest: int) -> Tuple[float, Tuple[float, ...]]:
+    """Weights by evaluation number as those of D_0 and of R_0, R_1, ...: D_j = D_0 - R_0 - ... - R_{j-1}."""
+    if not weights:
+        return 0.0, ()
+    by_lag = [weights.get(newest - lag, 0.0) for lag in range(newest - min(weights) + 1)]
+    tails = [0.0]
+    for w in reversed(by_lag[1:]):
+        tails.append(tails[-1] - w)
+    return by_lag[0] - tails[-1], tuple(reversed(tails[1:]))
+
+
+def _settle(correction: Correction, newest: int, log_rho: float, alpha: float) -> Optional[Settle]:
+    """The last correction, of the step before the one to sigma = 0; None where the line in lambda tells no slope."""
+    if correction.length > _LOG_FAR:
+        return None
+    return Settle(_changes(correction.weights, newest)[1],
+                  1.0 / math.expm1(correction.length), math.exp(2.0 * log_rho), alpha)
+
+
+Prediction = Tuple[Dict[int, float], Dict[int, float], Tuple[float, float], int]
 
 
 class _Exact:
     """Predictor and corrector weights of the moving steps, by row, as {evaluation number: weight} of I."""
 
     def __init__(self, lam: np.ndarray, first: int, moving: Sequence[int], integrals: StepIntegrals, variable: Variable,
-                 order: int, corrector: bool):
+                 order: int, corrector: bool, adapt: bool):
         self.order, self.corrector, self.integrals = order, corrector, integrals
         with np.errstate(divide="ignore"):
             self.tau: List[float] = variable.tau(lam).tolist()
         self.now = [first + i for i in moving]
-        # The corrector drops the oldest node for the new one, so the predictor may use one more at no memory of its own.
-        most = order + 1 if corrector else order
-        self.nodes = [_distinct(self.tau, e, e + 1, most) for e in self.now]
-        grid = np.full((most, len(moving)), np.nan)
+        self.length = np.abs(np.log(integrals.lam_s) - np.log(integrals.lam_t)).tolist()
+        self.short = [length <= _SHORT or not adapt for length in self.length]
+        self.full = [length <= _FULL for length in self.length]
+        # The corrector of a short step drops the oldest node for the new one, so its predictor may have one more.
+        most = [order + 1 if corrector and full else order for full in self.full]
+        self.nodes = [_distinct(self.tau, e, e + 1, m) for e, m in zip(self.now, most)]
+        grid = np.full((order + 1, len(moving)), np.nan)
         for r, nodes in enumerate(self.nodes):
             grid[:len(nodes), r] = [self.tau[e] for e in nodes]
         with np.errstate(invalid="ignore"):
             newton = integrals.newton(grid, variable).T.tolist()
         # c_0, c_1, ... of each step.
         self.coef = [[-math.expm1(ratio), *row] for ratio, row in zip(integrals.log_ratio.tolist(), newton)]
-        self.length = np.abs(np.log(integrals.lam_s) - np.log(integrals.lam_t)).tolist()
         # eta log g at the new state and at the nodes, with the step's eta: what the noise of the nodes has in common.
         known = dict(enumerate(integrals.scale.log_g(torch.from_numpy(lam[:first])).tolist())) if first else {}
         for r, e in enumerate(self.now):
@@ -349,44 +473,67 @@ class _Exact:
                       for r, eta in enumerate(integrals.eta.tolist())]
         self.kept = [[c * _shared(level[1], level[k + 1]) if 1 < k < len(nodes) else c for k, c in enumerate(coef)]
                      for coef, level, nodes in zip(self.coef, self.level, self.nodes)]
+        self._predicted: Dict[int, Prediction] = {}
 
-    def predict(self, r: int) -> Tuple[Dict[int, float], int]:
-        """The weights of the highest order that does not amplify, and that order."""
-        nodes, coef, long = self.nodes[r], self.kept[r], self.length[r] > _LONG
+    def predict(self, r: int) -> Prediction:
+        """The weights of the highest order that does not amplify, those the trust multiplies, (ratio, common), that order."""
+        if r in self._predicted:
+            return self._predicted[r]
+        nodes, coef = self.nodes[r], self.kept[r]
         where = [self.tau[e] for e in nodes]
         total, part, used = [coef[0]], [1.0], 1
         for k in range(1, len(nodes)):
             part = _one_more(part, where[:k], where[k])
             higher = [t + coef[k] * d for t, d in zip((*total, 0.0), part)]
-            if sum(map(abs, higher)) > (_AMPLIFICATION_LONG if long else _AMPLIFICATION[k]) * abs(coef[0]):
+            if sum(map(abs, higher)) > _AMPLIFICATION[k] * abs(coef[0]):
                 break
             total, used = higher, k + 1
-        return dict(zip(nodes, total)), used
+        flat, bend = {nodes[0]: coef[0]}, {}
+        if used > 1:
+            bend = {e: w - flat.get(e, 0.0) for e, w in zip(nodes, total)}
+        now, reach = self.now[r], min(used, 3)
+        if used == 1 or self.short[r] or nodes[:reach] != [now, now - 1, now - 2][:reach]:
+            found = _sum(flat, bend), {}, (0.0, 1.0), used
+        else:
+            ratio = (where[0] - where[1]) / (where[1] - where[2]) if used > 2 else 0.0
+            found = flat, bend, (ratio, _shared(self.level[r][1], self.level[r][2])), used
+        self._predicted[r] = found
+        return found
 
-    def correct(self, r: int, used: int) -> Dict[int, float]:
-        """What the evaluation at the step's end changes: the polynomial through the newest `order` of the `used` nodes and
-        the new one, less the predictor's through all of them; the terms below are common to both."""
+    def correct(self, r: int, used: int, bent: bool) -> Optional[Correction]:
+        """Of the polynomial through the newest of the `used` nodes and the new one."""
         # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
         if not (self.corrector or used < self.order):
-            return {}
-        new, nodes, tau = self.now[r] + 1, self.nodes[r][:used], self.tau
+            return None
+        new, nodes, tau, coef = self.now[r] + 1, self.nodes[r][:used], self.tau, self.coef[r]
         if not math.isfinite(tau[nodes[0]]):
-            return self._correct_from_far(r)
-        k = min(used, self.order)
-        last = self.coef[r][k] * (_shared(self.level[r][0], self.level[r][k]) if k > 1 else 1.0)
+            return Correction(self._from_far(r), False, math.inf)
+        k = min(used, self.order if self.full[r] else max(1, self.order - 1))
+        corrected = {nodes[0]: coef[0]}
+        for j in range(1, k):
+            part = divided_difference([tau[e] for e in nodes[:j + 1]])
+            corrected = _sum(corrected, dict(zip(nodes, (self.kept[r][j] * d for d in part))))
+        last = coef[k] * (_shared(self.level[r][0], self.level[r][k]) if k > 1 else 1.0)
         with_new = (*nodes[:k], new)
-        change = {e: last * d for e, d in zip(with_new, divided_difference([tau[e] for e in with_new]))}
-        if used > self.order:
-            for e, d in zip(nodes, divided_difference([tau[e] for e in nodes])):
-                change[e] = change.get(e, 0.0) - self.kept[r][k] * d
-        return change
+        part = divided_difference([tau[e] for e in with_new])
+        corrected = _sum(corrected, {e: last * d for e, d in zip(with_new, part)})
+        flat = self.predict(r)[0]
+        return Correction(_sum(corrected, {e: -w for e, w in flat.items()}), bent, self.length[r])
 
-    def _correct_from_far(self, r: int) -> Dict[int, float]:
+    def _from_far(self, r: int) -> Dict[int, float]:
         """From lambda = infinity no polynomial in lambda leads on: a line in lambda / (1 + lambda) does."""
         line, now = VARIABLES["unit"], self.now[r]
         s, t = line.tau(np.array([np.inf, self.integrals.lam_t[r]])).tolist()
         weight = float(self.integrals.newton(np.full((1, len(self.now)), s), line)[0, r]) / (t - s)
         return {now: -weight, now + 1: weight}
+
+
+def _sum(a: Mapping[int, float], b: Mapping[int, float]) -> Dict[int, float]:
+    """The sum of two sets of weights."""
+    out = dict(a)
+    for e, w in b.items():
+        out[e] = out.get(e, 0.0) + w
+    return out
 
 
 class _Published:
@@ -410,8 +557,8 @@ class _Published:
         self.terms = [term.tolist() for term in terms]
         self.before: Dict[int, float] = {}      # D' of the step before, on evaluations
 
-    def predict(self, r: int) -> Tuple[Dict[int, float], int]:
-        """The weights of step r and their order; the steps are asked for one after the other."""
+    def predict(self, r: int) -> Prediction:
+        """The weights of step r, no bend, and their order; the steps are asked for one after the other."""
         nodes, lam = self.nodes[r], self.lam
         weights = {nodes[0]: self.first[r]}
         before, self.before = self.before, {}
@@ -426,11 +573,11 @@ class _Published:
             for c, part in parts:
                 for e, d in part.items():
                     weights[e] = weights.get(e, 0.0) + c * d
-        return weights, len(nodes)
+        return weights, {}, (0.0, 1.0), len(nodes)
 
-    def correct(self, r: int, used: int) -> Dict[int, float]:
+    def correct(self, r: int, used: int, bent: bool) -> Optional[Correction]:
         """Nothing: the published formulas have no corrector."""
-        return {}
+        return None
 
 
 def _distinct(tau: Sequence[float], now: int, nxt: int, order: int) -> List[int]:
