@@ -106,9 +106,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset
         "Calm first, noisy late: lambda^-0.1 log10(1 + 100 lambda^1.5) keeps the composition and works on detail.")),
     Preset("comfyui", method="comfyui", corrector=False, label="ComfyUI compatible", description=(
         "Pictures shared from ComfyUI's er_sde: its formulas with their 200-point sums, to make such a picture again.")),
-    Preset("few_steps", "ode", eta=0.0, order=1, label="few steps", description=(
-        "For 4 to 10 steps: no noise, since a run that short cannot smooth it out again, and order 1 with the corrector, "
-        "which stays calmest over long steps at high guidance.")),
+    Preset("few_steps", "ode", eta=0.0, label="few steps", description=(
+        "For 4 to 10 steps: no noise, since a run that short cannot smooth it out again; the order adapts to each step.")),
     Preset("flat", "sde_5", eta=0.5, s_noise=1.0, end=0.7, label="flat colours", description=(
         "For anime, logos and sharp lines: half the published noise and none in the last 30 % of the schedule, where it "
         "would leave grain on even areas.")),
