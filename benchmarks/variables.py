@@ -48,7 +48,7 @@ SCHEDULES = {"ve": ("karras", "exponential", "simple", "beta", "align your steps
 GUIDANCE = (1.0, 7.5, 4.0, 12.0)
 ORDERS = (1, 2, 3, 4)
 # Steps of the full grid on the network, by guidance (a guided call costs twice), and on the mixtures; of the lambda rows.
-NETWORK_STEPS = {1.0: (5, 8, 15, 30), 7.5: (5, 8, 20), 4.0: (5, 8, 20), 12.0: (6, 12)}
+NETWORK_STEPS = {1.0: (5, 8, 15, 30), 7.5: (5, 8, 15), 4.0: (5, 8, 15), 12.0: (6, 12)}
 MIXTURE_STEPS = (4, 6, 8, 10, 15, 30, 50)
 NETWORK_LAMBDA = {1.0: (6, 12), 7.5: (6, 12)}
 MIXTURE_LAMBDA = (5, 8, 20)
@@ -83,7 +83,7 @@ class Row:
                          np.full(len(sigmas) - 1, eta), order=self.order, corrector=self.corrector, **kw)
 
 
-COMFYUI = Row(None)
+COMFYUI, DEFAULT = Row(None), Row("lambda", 3, True, True)
 
 
 def grid(variables: Iterable[str] = tuple(VARIABLES), orders: Sequence[int] = ORDERS) -> List[Row]:
@@ -135,7 +135,9 @@ class Settings:
     count: int = 4              # pictures of the network
     mixture_count: int = MIXTURE_COUNT
     digits_stride: int = 6      # every how manieth digit is a component of the mixture
-    fine_steps: int = 400       # of the network's fine solution, over the whole range of sigma
+    # Of the network's fine solution, over the whole range of sigma.  Twice as many moved one picture's by 5e-5 RMS (ve,
+    # guidance 7.5, to the end of 20 Karras steps) and 1.5e-4 (flow, guidance 12, 12 steps of shift 3).
+    fine_steps: int = 400
     exact_steps: int = 300      # RK4 steps of a mixture's flow, over the whole range
     seed: int = 0
 
@@ -254,33 +256,30 @@ def ratios(errors: Dict[str, float]) -> Dict[str, float]:
     return {name: min(error / errors[COMFYUI.name], DIVERGED) for name, error in errors.items()}
 
 
-def cells(steps: Optional[Sequence[int]] = None, guidance: Optional[Sequence[float]] = None, quick: bool = False) -> List[Cell]:
-    """The cells, the most telling first; `steps` instead of the thinned ones everywhere."""
-    out = []
-    guidance = tuple(guidance or ((1.0, 7.5) if quick else GUIDANCE))
-    for full, name in ((True, "network"), (True, "mixture"), (False, "network"), (False, "mixture")):
-        if quick and not full:
-            continue
-        for (turn, scale), process in itertools.product(enumerate(guidance), SCHEDULES):
-            if name == "network":
-                of = (NETWORK_STEPS if full else NETWORK_LAMBDA).get(scale, () if not full else (5, 8, 20))
-            else:
-                of = MIXTURE_STEPS if full else MIXTURE_LAMBDA
-            of = steps or ((5, 10) if quick else of)
-            names = ("network",) if name == "network" else ("digits", "separated") if scale == 1 else ("digits",)
-            kinds = SCHEDULES[process]
-            for (place, n), problem in itertools.product(enumerate(of), names):
-                # Problems and guidances start their turns at different schedules.
-                own = kinds[(turn + place + (problem == "separated")) % len(kinds)]
-                for kind in kinds:
-                    if full == (kind == own) or not full and n not in _steps_of(problem, scale, steps):
-                        out.append(Cell(problem, process, scale, kind, n, full))
-    return out
+def _steps_of(problem: str, guidance: float, full: bool) -> Sequence[int]:
+    if problem == "network":
+        return NETWORK_STEPS.get(guidance, (5, 8, 15)) if full else NETWORK_LAMBDA.get(guidance, ())
+    return MIXTURE_STEPS if full else MIXTURE_LAMBDA
 
 
-def _steps_of(problem: str, guidance: float, steps: Optional[Sequence[int]]) -> Sequence[int]:
-    """The steps of the full grid."""
-    return steps or (NETWORK_STEPS.get(guidance, (5, 8, 20)) if problem == "network" else MIXTURE_STEPS)
+def cells(steps: Optional[Sequence[int]] = None, guidance: Optional[Sequence[float]] = None,
+          quick: bool = False) -> List[Cell]:
+    """The cells, the quickest problems first; `steps` instead of the thinned ones everywhere."""
+    steps, guidance = steps or ((5, 10) if quick else None), tuple(guidance or ((1.0, 7.5) if quick else GUIDANCE))
+    full: List[Cell] = []
+    other: List[Cell] = []
+    for names in (("digits", "separated"), ("network",)):
+        for (turn, scale), process, problem in itertools.product(enumerate(guidance), SCHEDULES, names):
+            if problem == "separated" and scale != 1:
+                continue
+            # Problems and guidances start their turns at different schedules.
+            kinds, wanted = SCHEDULES[process], steps or _steps_of(problem, scale, True)
+            own = [(n, kinds[(turn + place + (problem == "separated")) % len(kinds)]) for place, n in enumerate(wanted)]
+            full += [Cell(problem, process, scale, kind, n, True) for n, kind in own]
+            every = itertools.product(steps or _steps_of(problem, scale, False), kinds)
+            other += [Cell(problem, process, scale, kind, n, False) for n, kind in every if (n, kind) not in own]
+    order = lambda cell: (cell.problem == "network", not cell.full)
+    return full if quick else sorted(full + other, key=order)
 
 
 # ----------------------------------------------------------------------------------------------------------- stochastic
@@ -409,20 +408,52 @@ def _listed(values: Iterable) -> str:
     return ", ".join(f"{v:g}" for v in sorted(set(values)))
 
 
+def findings(done: Sequence[dict], noisy: Sequence[dict]) -> List[str]:
+    """A paragraph for each kind of problem, all from the numbers: the default, its neighbours and the best."""
+    out = []
+    for title, part in (("network", [c for c in done if c["full"] and c["problem"] == "network"]),
+                        ("mixtures", [c for c in done if c["full"] and c["problem"] != "network"])):
+        names = [name for name in (part[0]["ratio"] if part else ()) if name != COMFYUI.name]
+        if DEFAULT.name not in names:
+            continue
+        found = {name: summary([cell["ratio"][name] for cell in part]) for name in names}
+        said = lambda name: f"{found[name]['mean']:.2f} (worst {found[name]['worst']:.3g})"
+        near = {f"in {v}": dataclasses.replace(DEFAULT, variable=v) for v in VARIABLES if v != DEFAULT.variable}
+        near |= {f"with order {k}": dataclasses.replace(DEFAULT, order=k) for k in ORDERS if k != DEFAULT.order}
+        near |= {"without corrector": dataclasses.replace(DEFAULT, corrector=False),
+                 "without the trust rule": dataclasses.replace(DEFAULT, adapt=False)}
+        best, safest = (min(names, key=lambda name: (found[name][key], found[name]["mean"])) for key in ("mean", "worst"))
+        by = []
+        for key, cells_ in list(splits(part).items())[1:]:
+            mean = {name: summary([cell["ratio"][name] for cell in cells_])["mean"] for name in names}
+            least = min(names, key=mean.get)
+            by.append(f"{key} {mean[DEFAULT.name]:.2f} against {mean[least]:.2f} of {least}")
+        out += [f"On the {title} the default, {DEFAULT.name}, is at {said(DEFAULT.name)}; "
+                + ", ".join(f"{text} {said(row.name)}" for text, row in near.items() if row.name in found) + ". "
+                f"The lowest mean has {best}, {said(best)}, the mildest worst cell {safest}, {said(safest)}; "
+                f"the default's mean against the lowest of each column, chosen after the fact: {', '.join(by)}.", ""]
+    if noisy:
+        mean = {name: np.mean([abs(c["percent"][name]) for c in noisy]) for name in noisy[0]["percent"]}
+        out.append("The variance of stochastic members is off by, in the mean over all cells, "
+                   + ", ".join(f"{value:.1f} % ({name})" for name, value in mean.items()) + ".")
+    return out
+
+
 def report(done: List[dict], noisy: List[dict], settings: Settings, planned: int, command: str) -> str:
     """The Markdown tables."""
-    lines = ["# Interpolation variable, order, corrector and trust rule", "", f"    {command}", "",
-             f"torch {torch.__version__}, one thread; `ersde/weights.py` and `ersde/solver.py` have the digest {DIGEST}; "
-             f"{len(done)} of {planned} planned cells. The ODE member: RMS error to a fine solution over `comfyui`'s (order 3) "
-             f"on the same schedule, the mean over pictures of each one's RMS. Network: the trained denoiser in float32, "
-             f"N = {settings.count} pictures, fine solution of {settings.fine_steps} steps of order 2 over the whole range. "
-             f"Mixtures: digits (every {settings.digits_stride}th is a component) and separated (no guidance), float64, "
-             f"N = {settings.mixture_count}, fine solution by RK4.", "",
-             "A number is the geometric mean over cells, in brackets the worst cell; a column's head has the number of cells. "
-             f"A run that became infinite counts as {DIVERGED:g}. Order 1 without corrector is the same in every variable.", "",
-             "Thinned: the full grid is measured on one schedule per process, guidance and number of steps, the schedules "
-             "taking turns (so no column compares schedules, and every row has the same cells). The rows in lambda are also "
-             "measured on all schedules, in the third and fourth table."]
+    lines = [
+        "# Interpolation variable, order, corrector and trust rule", "", f"    {command}", "",
+        f"torch {torch.__version__}, one thread; `ersde/weights.py` and `ersde/solver.py` have the digest {DIGEST}; "
+        f"{len(done)} of {planned} planned cells. The ODE member: RMS error to a fine solution over `comfyui`'s (order 3) "
+        f"on the same schedule, the mean over pictures of each one's RMS. Network: the trained denoiser in float32, "
+        f"N = {settings.count} pictures, fine solution by order 2 in lambda without corrector, {settings.fine_steps} steps "
+        f"over the whole range of sigma. Mixtures: digits (every {settings.digits_stride}th is a component) and separated "
+        f"(no guidance), float64, N = {settings.mixture_count}, fine solution by RK4.", "",
+        "A number is the geometric mean over cells, in brackets the worst cell; a column's head has the number of cells. "
+        f"A run that became infinite counts as {DIVERGED:g}. Order 1 without corrector is the same in every variable.", "",
+        "Thinned: the full grid is measured on one schedule per process, guidance and number of steps, the schedules taking "
+        "turns, so that every row has the same cells, and no column compares schedules. The rows in lambda are also "
+        "measured on the other schedules, in the tables by schedule."]
     for title, full, network in (("Network, full grid", True, True), ("Mixtures, full grid", True, False),
                                  ("Network, lambda, by schedule", False, True),
                                  ("Mixtures, lambda, by schedule", False, False)):
@@ -442,16 +473,19 @@ def report(done: List[dict], noisy: List[dict], settings: Settings, planned: int
                       *_table(part, {"all": part, **{k: v for k, v in kinds.items() if v}})]
     if noisy:
         names = list(noisy[0]["percent"])
-        lines += ["", "## Stochastic members: variance", "", "Deviation in % of the variance of Gaussian data (mean 0.7, standard "
-                  "deviation 0.5) at the last positive sigma, Karras and shift 3, order 3 with corrector; `comfyui` starts a "
-                  "flow at 0.9999. Last row: mean of the absolute values.", "",
-                  "| process | member | steps | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+        lines += [
+            "", "## Stochastic members: variance", "",
+            "Deviation in % of the variance of Gaussian data (mean 0.7, standard deviation 0.5) at the last positive sigma, "
+            "Karras and shift 3, order 3 with corrector; `comfyui` starts a flow at 0.9999. Last row: mean of the absolute "
+            "values.", "",
+            "| process | member | steps | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
         for cell in noisy:
             eta = "" if cell["eta"] == 1 else f", eta {cell['eta']:g}"
             lines.append(f"| {cell['process']} | {cell['member']}{eta} | {cell['steps']} | "
                          + " | ".join(f"{cell['percent'][name]:+.2f}" for name in names) + " |")
         means = (np.mean([abs(cell["percent"][name]) for cell in noisy]) for name in names)
         lines.append("| all | | | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    lines += ["", "## What it shows", "", *findings(done, noisy)]
     return "\n".join(lines) + "\n"
 
 

@@ -45,7 +45,8 @@ def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None
         s_noise: factor of the noise's standard deviation, from 0.
         noise_sampler: (sigma, sigma_next) -> z of x's shape and unit variance; None: `ersde.noise.SeededNoise`.
         noise_scale: a name of `NOISE_SCALES`, or a callable phi(lambda) on float64 tensors with phi / lambda not falling.
-        order: how many evaluations the step interpolates, 1 to 5 ("paper" and "comfyui": 1 to 3).
+        order: how many evaluations a step interpolates at most, 1 to 5 ("paper" and "comfyui": 1 to 3); "exact" uses less of
+            it where it cannot be trusted (`ersde.weights`), and one more in short steps with the corrector.
         corrector: whether each evaluation also corrects the step that led to it, at no model call ("exact" only).
         method: "exact", "paper" (the published formulas, integrals exact) or "comfyui" (with ComfyUI's 200-point sums).
         process: "ve", "flow", or None: read off the host's model.

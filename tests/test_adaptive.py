@@ -168,3 +168,36 @@ def test_long_steps_in_every_dtype_and_shape(dtype, shape):
         fine = sample(model, x.double(), karras(steps))
         assert out.dtype == dtype and out.shape == x.shape
         torch.testing.assert_close(out.double(), fine, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [8, 40])
+def test_memory(order, steps):
+    """Alive at any model call and any drawing of noise: x, the noise, the history and one more; no garbage collector needed."""
+    import gc
+
+    shape = (1, 3, 17, 19)
+    most = {"model": 0, "noise": 0}
+
+    def alive(where):
+        found = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == shape}
+        most[where] = max(most[where], len(found))
+
+    def model(x, sigma, **_):
+        alive("model")
+        return x * (0.25 / (0.25 + sigma.reshape(-1, 1, 1, 1) ** 2)) + 0.1 * x.tanh()
+
+    def noise(*_):
+        alive("noise")
+        return torch.randn(shape)
+
+    model.process = "ve"
+    x = 14.6 * torch.randn(shape)
+    gc.freeze()                 # the caller's x and all that is not the sampler's
+    try:
+        ersde.sample_er_sde(model, x, karras(steps).float(), order=order, noise_sampler=noise, process="ve", disable=True)
+    finally:
+        gc.unfreeze()
+    history = order + 2         # evaluations: those of the predictor, and the one that corrects them
+    assert most["model"] <= 1 + history + 1
+    assert most["noise"] + 1 <= 1 + 1 + history + 1
