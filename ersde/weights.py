@@ -19,7 +19,7 @@ The corrector adds the new evaluation at tau_t as one more node, behind the othe
 are, so its change of x_t is the single term alpha_t c_k D[tau_0, ..., tau_{k-1}, tau_t].
 
 The interpolation variable is lambda.  Others (asinh lambda, log lambda, lambda / (c + lambda)) are more accurate without
-guidance, and wild with it on a trained network; benchmarks/variables.py measures them.
+guidance, but their worst cells with guidance on a trained network are worse; benchmarks/variables.py measures them.
 
 **The order adapts**, by the schedule and by what the run shows.  With the corrector a step of log length
 h = |log(lambda_s / lambda_t)| up to `_FULL` interpolates one evaluation more.  A step longer than `_SHORT` is the part that

@@ -30,6 +30,7 @@ def test_a_small_run_makes_every_row_and_resumes(tmp_path):
     assert measure_all(plan, SMALL, path, rows) == done
     text = variables.report(done, variables.stochastic(), SMALL, 2, "command")
     assert "| rational / 3 / on / on |" in text and "## Stochastic members" in text
+    assert all(cell["median"][COMFYUI.name] == 1.0 and cell["median"].keys() == cell["ratio"].keys() for cell in done)
     json.dumps(variables.summaries(done), allow_nan=False)
 
 
