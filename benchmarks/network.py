@@ -80,8 +80,9 @@ def cells(process: str, schedule: str, guidance: float, calls: int, count: int, 
 def table(rows: List[dict], count: int) -> str:
     """The Markdown of all rows."""
     names = list(dict.fromkeys(name for row in rows for name in row["errors"]))
-    lines = [f"Trained network of the demo, {count} pictures, torch {torch.__version__}: RMS error to the fine solution over "
-             f"that of `{BASE}` (95 % interval).", "", "| problem | calls | error of comfyui | " + " | ".join(names) + " |",
+    lines = [f"Trained network of the demo, {count} pictures, torch {torch.__version__}: RMS error to the fine "
+             f"solution over that of `{BASE}` (95 % interval).", "",
+             "| problem | calls | error of comfyui | " + " | ".join(names) + " |",
              "|---" * (len(names) + 3) + "|"]
     shares = {name: [] for name in names}
     worst, best = [], []
@@ -102,9 +103,9 @@ def table(rows: List[dict], count: int) -> str:
         lines.append(f"| {row['problem']} | {row['calls']} | {base.mean():.4f} | " + " | ".join(texts) + " |")
     lines += ["", "| sampler | geometric mean | worst | cells |", "|---|---|---|---|"]
     lines += [f"| {name} | {np.exp(np.mean(np.log(v))):.2f} | {max(v):.2f} | {len(v)} |" for name, v in shares.items()]
-    lines += ["", f"`ours ode` over `{BASE}`: at most 5 % worse in {np.mean(np.array(worst) <= 1.05):.0%} of {len(rows)} cells, "
-              f"worst {max(worst):.2f}.  Over the best peer of each cell, picked after the fact: at most 5 % worse in "
-              f"{np.mean(np.array(best) <= 1.05):.0%}, worst {max(best):.2f}."]
+    lines += ["", f"`ours ode` over `{BASE}`: at most 5 % worse in {np.mean(np.array(worst) <= 1.05):.0%} of {len(rows)} "
+              f"cells, worst {max(worst):.2f}.  Over the best peer of each cell, picked after the fact: at most 5 % worse "
+              f"in {np.mean(np.array(best) <= 1.05):.0%}, worst {max(best):.2f}."]
     return "\n".join(lines) + "\n"
 
 
@@ -120,7 +121,8 @@ def main(argv=None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "network.jsonl"
     stamp = quality._digest(quality._own_source(), quality._measuring_source(), torch.__version__, args.filter)
-    done = {row["key"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())} if path.exists() else {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    done = {row["key"]: row for row in map(json.loads, lines)}
     rows = []
     todo = [(p, s, g, n) for p, names in SCHEDULES.items() for s in names for g in args.guidance for n in args.calls]
     with open(path, "a", encoding="utf-8") as file:

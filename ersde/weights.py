@@ -28,8 +28,8 @@ measured for each picture of a batch by the newest evaluations, at no model call
 
     theta = clamp(2 - m^2, 0, 1) / (1 + s^2),    m = |R - T| / |R|,  s = |R| / |D_0|,
 
-with R = D_0 - D_1 the newest change, and T = (tau_0 - tau_1) D[tau_1, tau_2] what the line through the two evaluations before
-it had predicted of it.  R - T is the corrector's estimate of the local error, over what it multiplies.
+with R = D_0 - D_1 the newest change, and T = (tau_0 - tau_1) D[tau_1, tau_2] what the line through the two before it had
+predicted of it.  R - T is the corrector's estimate of the local error, over what it multiplies.
 
 * m compares the prediction that is to be repeated with the prediction of no change at all, whose error is R: m <= 1 where
   bending was right the last time.  Beyond, an overshoot, the bend fades, and is gone at m^2 = 2, what two unrelated
@@ -39,7 +39,7 @@ it had predicted of it.  R - T is the corrector's estimate of the local error, o
   where D changes by as much as it is, as in the first steps at high guidance, where the bend and the correction of the step
   before would both take the same change into account.  It needs no third evaluation, which the first bend has not got.
 
-The corrector of such a step replaces all of V, so that what theta left out is not lost, only late.  Fresh noise makes D change
+The corrector of such a step replaces all of V, so that what theta left out is not lost, only late.  Fresh noise changes D
 without any fault of the prediction: with a share rho^2 of the noise common to D_0 and D_1, s^2 counts as rho^2 s^2, and
 (1 - rho^2) (1 + |T|^2 / |D_1 - D_2|^2) is taken off m^2, what it would be if all changes were the noise's.
 
@@ -379,7 +379,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         bend: Dict[int, float] = {}
         used, noise, x_scale, ratio, common, s, t = 1, 0.0, 1.0, 0.0, 1.0, sigma[i], sigma[i + 1]
         if t == 0:
-            settle = _settle(correction, now, log_rho[row[i - 1]], alpha[i]) if correction is not None and corrector else None
+            settle = None
+            if correction is not None and corrector:
+                settle = _settle(correction, now, log_rho[row[i - 1]], alpha[i])
             steps.append(Step(0.0, 1.0, (), 0.0, last=True, settle=settle))
             orders.append(1)
             break
@@ -476,7 +478,7 @@ class _Exact:
         self._predicted: Dict[int, Prediction] = {}
 
     def predict(self, r: int) -> Prediction:
-        """The weights of the highest order that does not amplify, those the trust multiplies, (ratio, common), that order."""
+        """The weights of the highest order that does not amplify, those the trust multiplies, (ratio, common), the order."""
         if r in self._predicted:
             return self._predicted[r]
         nodes, coef = self.nodes[r], self.kept[r]

@@ -4,6 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from problems import Mixture, digits, flow_exact, flow_schedule, gaussian, karras, rms
 
 import ersde
 from ersde import weights
@@ -12,7 +13,6 @@ from ersde.noise_scale import get_noise_scale
 from ersde.process import check_sigmas, get_process
 from ersde.solver import _trust, run
 from ersde.weights import Step, make_plan
-from problems import Mixture, digits, flow_exact, flow_schedule, gaussian, karras, rms
 
 ONE = torch.ones(())
 
@@ -101,7 +101,7 @@ def test_full_trust_is_the_plan_that_does_not_adapt():
 @pytest.mark.parametrize("schedule", [karras, lambda n: torch.cat([torch.logspace(1.16, -1.5, n), torch.zeros(1)]).double()])
 @pytest.mark.parametrize("steps", [5, 6, 8, 10, 15])
 def test_a_guided_network_is_never_worse_than_comfyui(schedule, steps):
-    """Guidance 7.5, where the bend and the correction together overshoot: at full trust these runs are up to 3 times worse."""
+    """Guidance 7.5, where bend and correction together overshoot: at full trust these runs are up to 3 times worse."""
     network = guided(load_model("ve"), torch.arange(3), 7.5)
     model = lambda x, sigma, **_: network(x, sigma)
     model.process = "ve"
@@ -116,7 +116,8 @@ def test_a_guided_network_is_never_worse_than_comfyui(schedule, steps):
 def test_trust_is_what_keeps_high_guidance_calm():
     """The same run at full trust ends far away."""
     model = digits(guidance=7.5)
-    model.means, model.std, model.weights, model.label = (v[::6] for v in (model.means, model.std, model.weights, model.label))
+    model.means, model.std, model.weights, model.label = (
+        v[::6] for v in (model.means, model.std, model.weights, model.label))
     model.weights = model.weights / model.weights.sum()
     sigmas = karras(6)
     x = model.start(48, 14.6, torch.Generator().manual_seed(0))
@@ -173,14 +174,15 @@ def test_long_steps_in_every_dtype_and_shape(dtype, shape):
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 @pytest.mark.parametrize("steps", [8, 40])
 def test_memory(order, steps):
-    """Alive at any model call and any drawing of noise: x, the noise, the history and one more; no garbage collector needed."""
+    """Alive at any model call or drawing of noise: x, the noise, the history and one more, with no collection in between."""
     import gc
 
     shape = (1, 3, 17, 19)
     most = {"model": 0, "noise": 0}
 
     def alive(where):
-        found = {t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.shape == shape}
+        found = {t.untyped_storage().data_ptr() for t in gc.get_objects()
+                 if isinstance(t, torch.Tensor) and t.shape == shape}
         most[where] = max(most[where], len(found))
 
     def model(x, sigma, **_):
