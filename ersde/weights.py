@@ -436,7 +436,7 @@ def _changes(weights: Mapping[int, float], newest: int) -> Tuple[float, Tuple[fl
 
 def _settle(correction: Correction, newest: int, log_rho: float, alpha: float) -> Optional[Settle]:
     """The last correction, of the step before the one to sigma = 0; None where the line in lambda tells no slope."""
-    if correction.length > _LOG_FAR:
+    if not 1e-9 < correction.length <= _LOG_FAR:
         return None
     return Settle(_changes(correction.weights, newest)[1],
                   1.0 / math.expm1(correction.length), math.exp(2.0 * log_rho), alpha)

@@ -204,3 +204,11 @@ def test_any_schedule_gives_finite_bounded_weights(values, scale, process, eta, 
     for step in made.steps:
         assert np.isfinite([step.x_scale, step.noise, *(w for _, w in step.evaluations)]).all()
         assert 0 <= step.x_scale <= 1 and 0 <= step.noise <= 20
+
+
+@pytest.mark.parametrize("gap", [0.0, 2e-16, 1e-12, 1e-6])
+def test_a_last_step_of_hardly_any_length(gap):
+    """Two last sigmas an ulp apart: no slope can be taken across them, and nothing is divided by zero."""
+    made = plan([10.0, 1.0, 1e-6 * (1 + gap), 1e-6, 0.0])
+    assert all(np.isfinite([w for _, w in step.evaluations]).all() for step in made.steps)
+    assert made.steps[-1].settle is None or np.isfinite(made.steps[-1].settle.slope)
