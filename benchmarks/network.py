@@ -1,6 +1,6 @@
 """The noise-free samplers on the trained network of the demo, at equal model calls, with guidance.
 
-    python -m benchmarks.network [--calls 5 9 15 21] [--guidance 1 4 7.5] [--count 8] [--out DIR] [--filter REGEX]
+    python -m benchmarks.network [--calls 5 9 21] [--guidance 1 4 7.5] [--count 8] [--out DIR] [--filter REGEX]
 
 The figure of a cell is the RMS error of each picture's result to a fine solution of the same network (the second order
 without a corrector, `FINE` steps between the same sigmas), its mean over the pictures, over the one of ComfyUI's formulas.
@@ -111,7 +111,7 @@ def table(rows: List[dict], count: int) -> str:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calls", type=int, nargs="+", default=[5, 9, 15, 21])
+    parser.add_argument("--calls", type=int, nargs="+", default=[5, 9, 21])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0, 7.5])
     parser.add_argument("--count", type=int, default=8, help="pictures")
     parser.add_argument("--filter", default="", help="regular expression: only samplers whose name has it")
@@ -121,8 +121,7 @@ def main(argv=None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "network.jsonl"
     stamp = quality._digest(quality._own_source(), quality._measuring_source(), torch.__version__, args.filter)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {row["key"]: row for row in map(json.loads, lines)}
+    done = quality.load(path, "key")
     rows = []
     todo = [(p, s, g, n) for p, names in SCHEDULES.items() for s in names for g in args.guidance for n in args.calls]
     with open(path, "a", encoding="utf-8") as file:

@@ -468,8 +468,8 @@ def plan(settings: Settings, calls: Iterable[int], schedules: Dict[str, Tuple[st
     return cells
 
 
-def load(path: Path) -> Dict[str, dict]:
-    """Fingerprint -> finished cell; a last line that was cut off is left out."""
+def load(path: Path, key: str = "fingerprint") -> Dict[str, dict]:
+    """row[key] -> finished cell of a file with a line of JSON each; a last line that was cut off is left out."""
     found = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -477,7 +477,7 @@ def load(path: Path) -> Dict[str, dict]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            found[row["fingerprint"]] = row
+            found[row[key]] = row
     return found
 
 

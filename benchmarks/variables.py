@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import ersde
+from benchmarks.quality import load
 from ersde.noise_scale import get_noise_scale
 from ersde.process import check_sigmas, get_process
 from ersde.solver import run as run_plan
@@ -333,21 +334,9 @@ def _digest() -> str:
 DIGEST = _digest()          # of what was imported, whatever becomes of the files
 
 
-def load(path: Path) -> Dict[str, dict]:
-    """Key -> finished cell; a last line that was cut off is left out."""
-    found = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.update({(entry := json.loads(line))["key"]: entry})
-            except (json.JSONDecodeError, KeyError):
-                continue
-    return found
-
-
 def measure_all(plan: Sequence[Cell], settings: Settings, path: Path, rows: Optional[List[Row]] = None) -> List[dict]:
     """Every cell, from the file or measured now and appended to it; an interrupt leaves the rest out."""
-    found, done = load(path), []
+    found, done = load(path, "key"), []
     bar = tqdm(plan)
     made: Dict[tuple, Problem] = {}
     try:

@@ -15,8 +15,8 @@ N_k(tau) = (tau - tau_0) ... (tau - tau_{k-1}).  Integrating by parts, and writi
 No term of c_k cancels: by Rolle N_k' has one sign below its nodes, and phi_t / phi - 1 is an expm1 of a difference of
 logarithms.  Only log phi is needed, so nothing overflows, and lambda_s may be infinite (sigma = 1 of a flow model).
 
-The corrector adds the new evaluation at tau_t as one more node, behind the others.  The first k coefficients stay as they
-are, so its change of x_t is the single term alpha_t c_k D[tau_0, ..., tau_{k-1}, tau_t].
+The corrector adds the new evaluation at tau_t as one more node, behind the newest k of the others, whose coefficients stay
+as they are: the corrected I is sum_{j < k} c_j D[tau_0, ..., tau_j] + c_k D[tau_0, ..., tau_{k-1}, tau_t].
 
 The interpolation variable is lambda.  Others (asinh lambda, log lambda, lambda / (c + lambda)) are more accurate without
 guidance, but their worst cells with guidance on a trained network are worse; benchmarks/variables.py measures them.
@@ -403,8 +403,8 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
                           correction is not None and correction.from_base))
         orders.append(used)
         # The evaluation that corrects a step is the next step's.
-        correction = rule.correct(row[i], used, bool(bend)) if i in row and i + 1 < n else None
-    keep = max(max(len(s.changes), len(s.bend), 2 if s.bend else 0, len(s.settle.changes) if s.settle else 0) for s in steps)
+        correction = rule.correct(row[i]) if i in row and i + 1 < n else None
+    keep = max(max(len(s.changes), len(s.bend), len(s.settle.changes) if s.settle else 0) for s in steps)
     return Plan(sigmas, tuple(steps), tuple(orders), keep)
 
 
@@ -442,6 +442,7 @@ def _settle(correction: Correction, newest: int, log_rho: float, alpha: float) -
                   1.0 / math.expm1(correction.length), math.exp(2.0 * log_rho), alpha)
 
 
+# Weights of I, those the trust multiplies, (ratio, common) of the step, and how many evaluations are interpolated.
 Prediction = Tuple[Dict[int, float], Dict[int, float], Tuple[float, float], int]
 
 
@@ -502,8 +503,9 @@ class _Exact:
         self._predicted[r] = found
         return found
 
-    def correct(self, r: int, used: int, bent: bool) -> Optional[Correction]:
-        """Of the polynomial through the newest of the `used` nodes and the new one."""
+    def correct(self, r: int) -> Optional[Correction]:
+        """Of the polynomial through the newest nodes of the predictor and the new one."""
+        flat, bend, _, used = self.predict(r)
         # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
         if not (self.corrector or used < self.order):
             return None
@@ -519,8 +521,7 @@ class _Exact:
         with_new = (*nodes[:k], new)
         part = divided_difference([tau[e] for e in with_new])
         corrected = _sum(corrected, {e: last * d for e, d in zip(with_new, part)})
-        flat = self.predict(r)[0]
-        return Correction(_sum(corrected, {e: -w for e, w in flat.items()}), bent, self.length[r])
+        return Correction(_sum(corrected, {e: -w for e, w in flat.items()}), bool(bend), self.length[r])
 
     def _from_far(self, r: int) -> Dict[int, float]:
         """From lambda = infinity no polynomial in lambda leads on: a line in lambda / (1 + lambda) does."""
@@ -577,7 +578,7 @@ class _Published:
                     weights[e] = weights.get(e, 0.0) + c * d
         return weights, {}, (0.0, 1.0), len(nodes)
 
-    def correct(self, r: int, used: int, bent: bool) -> Optional[Correction]:
+    def correct(self, r: int) -> Optional[Correction]:
         """Nothing: the published formulas have no corrector."""
         return None
 
