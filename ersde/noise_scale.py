@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
-from typing import Callable, Mapping, Optional, Union
+from typing import Callable, Iterable, List, Mapping, Optional, Tuple, Union
 
+import numpy as np
 import torch
 
 from .errors import check_choice
@@ -138,6 +140,100 @@ def from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScale:
 
     far = float(log_g(torch.tensor([_LAMBDA_FAR], dtype=torch.float64))[0])
     return NoiseScale(name, "phi / lambda", log_g, far, from_user=True)
+
+
+def _pchip_slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Slopes at x of the monotone piecewise cubic through (x, y), y not falling.
+
+    Inside, the weighted harmonic mean of the neighbouring secants, 0 where one of them is; at the ends the parabola through
+    three points, kept within the range that is monotone (Fritsch and Butland, SIAM J. Sci. Stat. Comput. 5, 1984).
+    """
+    h = np.diff(x)
+    secant = np.diff(y) / h
+    if len(h) == 1:
+        return np.repeat(secant, 2)
+
+    def end(h0, h1, d0, d1):
+        slope = max(0.0, ((2 * h0 + h1) * d0 - h0 * d1) / (h0 + h1))
+        return min(slope, 3 * d0)
+
+    slopes = np.zeros_like(x)
+    left, right = secant[:-1], secant[1:]
+    w1, w2 = 2 * h[1:] + h[:-1], h[1:] + 2 * h[:-1]
+    with np.errstate(divide="ignore"):
+        slopes[1:-1] = (w1 + w2) / (w1 / left + w2 / right)
+    slopes[0] = end(h[0], h[1], secant[0], secant[1])
+    slopes[-1] = end(h[-1], h[-2], secant[-1], secant[-2])
+    return slopes
+
+
+def from_points(points: Iterable[Tuple[float, float]], name: str = "points") -> NoiseScale:
+    """A noise scale from points (lambda, g): a monotone cubic of log g over log lambda, constant beyond its ends.
+
+    Where g is constant no noise is added.  Only ratios of g matter, so that its unit is free.  Two points make a power of
+    lambda.
+
+    Args:
+        points: at least two pairs of positive, finite numbers, in any order, no lambda twice.
+        name: what the curve is called in messages and charts.
+
+    Raises:
+        TypeError: not pairs of numbers.
+        ValueError: too few points, a number that is not allowed, a lambda twice, or a g that falls as lambda grows, where
+            rho would exceed 1; names the points.
+    """
+    pairs = list(points)
+    for i, pair in enumerate(pairs, 1):
+        try:
+            lam, g = pair
+        except (TypeError, ValueError):
+            raise TypeError(f"noise scale {name!r}: point {i} must be a pair (lambda, g), got {pair!r}") from None
+        for what, value in (("lambda", lam), ("g", g)):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"noise scale {name!r}: {what} of point {i} must be a number, got {value!r}")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"noise scale {name!r}: {what} of point {i} must be positive and finite, got {value!r}")
+    if len(pairs) < 2:
+        raise ValueError(f"noise scale {name!r}: a curve needs at least 2 points (lambda, g), got {len(pairs)}")
+    pairs.sort()
+    for (low, g_low), (high, g_high) in zip(pairs, pairs[1:]):
+        if low == high:
+            raise ValueError(f"noise scale {name!r}: lambda = {low:g} stands twice, with g = {g_low:g} and g = {g_high:g}")
+        if g_high < g_low:
+            raise ValueError(f"noise scale {name!r}: g = phi / lambda must not fall as lambda grows, but it falls from g = "
+                             f"{g_low:g} at lambda = {low:g} to g = {g_high:g} at lambda = {high:g}")
+    x, y = np.log(np.array(pairs, dtype=np.float64)).T
+    slopes = _pchip_slopes(x, y)
+
+    def log_g(lam: Tensor) -> Tensor:
+        u = np.clip(np.log(lam.numpy()), x[0], x[-1])
+        i = np.clip(np.searchsorted(x, u, side="right") - 1, 0, len(x) - 2)
+        h = x[i + 1] - x[i]
+        t = (u - x[i]) / h
+        value = (y[i] * (1 + 2 * t) * (1 - t) ** 2 + y[i + 1] * t * t * (3 - 2 * t)
+                 + h * (slopes[i] * t * (1 - t) ** 2 - slopes[i + 1] * t * t * (1 - t)))
+        return torch.from_numpy(np.asarray(value))
+
+    return NoiseScale(name, "a curve through points", log_g, float(y[-1]))
+
+
+def parse_points(text: str) -> List[Tuple[float, float]]:
+    """The points of a text with one "lambda g" per line (or separated by ";"), blank lines and # comments left out.
+
+    Raises:
+        ValueError: a line that is not two numbers; names it.
+    """
+    points = []
+    for number, line in enumerate(text.replace(";", "\n").splitlines(), 1):
+        words = line.partition("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        try:
+            lam, g = map(float, words)
+        except ValueError:
+            raise ValueError(f"points: line {number} must be two numbers, lambda and g, got {line.strip()!r}") from None
+        points.append((lam, g))
+    return points
 
 
 def get_noise_scale(noise_scale: Union[str, NoiseScale, Callable]) -> NoiseScale:

@@ -64,24 +64,36 @@ def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None
 
 @torch.no_grad()
 def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None, callback=None, disable=None, *,
-                  noise_sampler=None, process=None, window: Optional[Tuple[float, float]] = None):
+                  noise_sampler=None, process=None, window: Optional[Tuple[float, float]] = None, noise_scale=None,
+                  guidance: Optional[Callable[[], Tensor]] = None):
     """Sample with a preset's settings; `sample_er_sde` says what the arguments are.
+
+    With `guidance` this is CFG++ (Chung et al., arXiv 2406.08070): the noise direction comes from the unconditional
+    prediction D_u.  Before a step x_s becomes x_s + alpha_s (D - D_u), so that with order 1
+
+        x_t = alpha_t D + (sigma_t / sigma_s) rho (x_s - alpha_s D_u) + sigma_t sqrt(1 - rho^2) s_noise z.
+
+    Higher orders and the corrector interpolate the guided D as ever.  The guidance counts in full in each step, so that it
+    wants a scale of about 1, and less with more steps.
 
     Args:
         preset: a name of `PRESETS`, or a `Preset`.
         window: (sigma_start, sigma_end): noise only in steps from sigma_start >= sigma > sigma_end; None: the preset's
             start and end, as parts of the model's schedule, read off the host's model.
+        noise_scale: a function in place of the preset's, as `sample_er_sde` takes it.
+        guidance: () -> D - D_u of the newest model call, of x's shape; asked for once per step, after the call.
     """
     preset = get_preset(preset)
     if window is None:
         window = (np.inf, 0.0) if (preset.start, preset.end) == (0.0, 1.0) else \
             lambda values: hosts.window_sigmas(model, values, preset.start, preset.end)
     return _sample(model, x, sigmas, extra_args, callback, disable, preset.eta, preset.s_noise, noise_sampler,
-                   preset.noise_scale, preset.order, preset.corrector, preset.method, process, window)
+                   preset.noise_scale if noise_scale is None else noise_scale, preset.order, preset.corrector,
+                   preset.method, process, window, guidance)
 
 
 def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order, corrector,
-            method, process, window):
+            method, process, window, guidance=None):
     eta, s_noise = check_real("eta", eta), check_real("s_noise", s_noise)
     scale = get_noise_scale(noise_scale)
     check_choice("method", method, METHODS)
@@ -117,7 +129,11 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         noise = lambda i: seeded(values[i])
     else:
         noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
-    return run(plan, model, x, sigmas, noise, extra_args, callback, disable)
+    shift = None
+    if guidance is not None:
+        alpha = process.alpha(values).tolist()
+        shift = lambda i: guidance() * alpha[i]
+    return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift)
 
 
 def _preset_function(preset: Preset) -> Callable:

@@ -27,7 +27,8 @@ def _steps(count: int, disable: Optional[bool]):
 
 
 def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[[int], Tensor], extra_args: dict,
-        callback: Optional[Callable], disable: Optional[bool], history: Sequence[Tensor] = ()) -> Tensor:
+        callback: Optional[Callable], disable: Optional[bool], history: Sequence[Tensor] = (),
+        shift: Optional[Callable[[int], Tensor]] = None) -> Tensor:
     """Execute `plan` on `model` from the state `x`.
 
     Args:
@@ -35,6 +36,8 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         sigmas: the schedule as the host gave it: what the callback sees.
         noise: step number -> z of x's shape; called only where a step adds noise.
         history: evaluations made before the first step, newest first.
+        shift: step number -> what is added to the state before the step, once its evaluation is made; the last step returns
+            the evaluation and asks for none.
 
     Raises:
         FloatingPointError: the result is not finite; names the first step whose evaluation was not.
@@ -68,6 +71,8 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             continue
         # The product is a new tensor (the callback or the model may hold the old x), all else is added in place.
         x = (base if step.from_base else x) * step.x_scale
+        if shift is not None:
+            x.add_(shift(i), alpha=step.x_scale)
         x.add_(denoised, alpha=step.denoised)
         for change, weight in zip(changes, step.changes):
             x.add_(change, alpha=weight)

@@ -283,3 +283,16 @@ class Wrapped:
 
     def __call__(self, x, sigma, **kw):
         return self.model(x, sigma, **kw)
+
+
+def test_a_flow_schedule_a_rounding_above_1_is_a_schedule_from_1():
+    """ComfyUI's shift in float32: 1.32 t / (1 + 0.32 t) is 1.0000001 at t = 1."""
+    t = torch.linspace(1, 0, 7)
+    sigmas = 1.32 * t / (1 + (1.32 - 1) * t)
+    assert sigmas[0] > 1
+    exact = sigmas.clamp(max=1)
+    for method in ("exact", "comfyui"):
+        got, want = (sample(s, X, gaussian(process="flow"), process="flow", method=method, eta=0.0) for s in (sigmas, exact))
+        assert torch.allclose(got, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="at most 1"):
+        sample(sigmas * 1.001, X, gaussian(process="flow"), process="flow")
