@@ -7,7 +7,8 @@ are made on the CPU in float32 and then moved, so that every device and dtype st
 from __future__ import annotations
 
 import struct
-from typing import Optional
+from types import MappingProxyType
+from typing import Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -47,16 +48,29 @@ class SeededNoise:
     Args:
         x: the state, shape (batch, ...); its shape, dtype and device are the noise's.
         seed: any integer; None draws one from torch's global CPU generator, so that torch.manual_seed decides.
+        images: the index in its batch of each picture of x; None: 0, 1, ...
     """
 
-    def __init__(self, x: Tensor, seed: Optional[int] = None):
+    def __init__(self, x: Tensor, seed: Optional[int] = None, images: Optional[Sequence[int]] = None):
+        self.images = range(x.shape[0]) if images is None else [int(i) for i in images]
+        if len(self.images) != x.shape[0]:
+            raise ValueError(f"images must have one index for each of the {x.shape[0]} pictures, got {len(self.images)}")
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.seed = int(torch.randint(2 ** 63 - 1, ())) if seed is None else int(seed)
 
     def __call__(self, sigma, sigma_next=None) -> Tensor:
         """The noise of the step from `sigma`, a number or a CPU tensor (a device tensor would be read back)."""
-        step, batch = step_key(sigma), self.shape[0]
-        noise = np.empty((batch, self.shape[1:].numel()), dtype=np.float32)
-        for image in range(batch):
-            noise[image] = philox_normal(self.seed, image, step, noise.shape[1])
+        step = step_key(sigma)
+        noise = np.empty((self.shape[0], self.shape[1:].numel()), dtype=np.float32)
+        for row, image in enumerate(self.images):
+            noise[row] = philox_normal(self.seed, image, step, noise.shape[1])
         return torch.from_numpy(noise).reshape(self.shape).to(self.device, self.dtype)
+
+
+NOISES: Mapping[str, str] = MappingProxyType({"cpu": "the same on every device, from seed, picture and step alone"})
+"""The noises of `make_noise` by name, the default first."""
+
+
+def make_noise(name: str, x: Tensor, seed: Optional[int], sigmas, images: Optional[Sequence[int]] = None):
+    """The noise sampler (sigma, sigma_next) -> z of a name of `NOISES`."""
+    return SeededNoise(x, seed, images)

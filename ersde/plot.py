@@ -124,12 +124,13 @@ def plot_noise_scales(names: Optional[Iterable] = None, eta: float = 1.0, lam: T
 
 
 def make_plot_plan(sigmas, process="ve", noise_scale="sde_5", eta=1.0, s_noise: float = 1.0, order: int = 3,
-                   corrector: bool = True, method: str = "exact") -> Plan:
-    """The plan that `ersde.sample_er_sde` would run on `sigmas`, for `plot_weights`.
+                   corrector: bool = True, method: str = "exact", first: float = 1.0 - 1e-4) -> Plan:
+    """The plan that `ersde.sample_er_sde` would run on `sigmas`, for `plot_weights` and `plot_run`.
 
     Args:
         sigmas: shape (steps + 1,), as for the sampler.
-        eta: a number, or one per step, shape (steps,) (0 outside a stochastic window).
+        eta: a number, or one per step, shape (steps,) or longer (0 outside a stochastic window).
+        first: where the method "comfyui" starts a flow model whose schedule begins at 1.
 
     Raises:
         ValueError, TypeError: an argument is not allowed.
@@ -140,8 +141,9 @@ def make_plot_plan(sigmas, process="ve", noise_scale="sde_5", eta=1.0, s_noise: 
         raise ValueError(f"sigmas must have at least 2 entries, got {len(values)}")
     check_choice("method", method, METHODS)
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
-        values = start_below_one(values)
-    etas = np.broadcast_to(np.asarray(eta, dtype=np.float64), (len(values) - 1,))
+        values = start_below_one(values, first)
+    eta = np.asarray(eta, dtype=np.float64)
+    etas = eta[:len(values) - 1] if eta.ndim else np.full(len(values) - 1, eta)
     return make_plan(values, process, get_noise_scale(noise_scale), etas, s_noise, order, corrector, method)
 
 
@@ -196,6 +198,44 @@ def plot_injected_noise(sigmas, names: Optional[Iterable] = None, process="ve", 
     return figure
 
 
+def _draw_weights(axis, plan: Plan) -> int:
+    """The bars of the evaluations' weights and the dots of the state's; returns how many series there are."""
+    steps = plan.steps
+    lags = sorted({lag for step in steps for lag, _ in step.evaluations})
+    number = np.arange(1, len(steps) + 1)
+    width = 0.84 / max(1, len(lags))
+    colours = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+    for k, lag in enumerate(lags):
+        weight = [dict(step.evaluations).get(lag, 0.0) for step in steps]
+        axis.bar(number + (k - (len(lags) - 1) / 2) * width, weight, width, color=colours[k % len(colours)],
+                 label="D, newest" if lag == 0 else f"D, {lag} before")
+    axis.plot(number, [step.x_scale for step in steps], "o-", color="#555555", linewidth=1.0, markersize=4, label="state x")
+    axis.axhline(0.0, color="#333333", linewidth=0.8)
+    axis.set_ylabel("weight")
+    return len(lags) + 1
+
+
+def _draw_noise(axis, plan: Plan) -> None:
+    """What each step multiplies the noise by, on a logarithmic axis; steps that add none are left out."""
+    noise = [step.noise or np.nan for step in plan.steps]
+    axis.plot(np.arange(1, len(noise) + 1), noise, "x-", color="#b00020", linewidth=1.0, markersize=6, label="noise z")
+    axis.set_yscale("log")
+    axis.set_ylabel("noise")
+
+
+def _draw_orders(axis, plan: Plan) -> None:
+    """How many evaluations each step's predictor interpolates."""
+    axis.bar(np.arange(1, len(plan.steps) + 1), plan.orders, 0.7, color="#7a8ca3")
+    axis.set_ylabel("evaluations")
+    axis.set_yticks(range(0, max(plan.orders) + 1))
+
+
+def _number_steps(axis, count: int) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlim(0.4, count + 0.6)
+
+
 def plot_weights(plan: Plan, title: str = ""):
     """A plan's weights: what each step multiplies the state, the evaluations of the denoiser and the noise by.
 
@@ -213,41 +253,101 @@ def plot_weights(plan: Plan, title: str = ""):
     Raises:
         ImportError: matplotlib is not installed.
     """
-    steps = plan.steps
-    noisy = any(step.noise for step in steps)
-    lags = sorted({lag for step in steps for lag, _ in step.evaluations})
+    noisy = any(step.noise for step in plan.steps)
     ratios = (4, 1.5, 1) if noisy else (4, 1)
     figure, axes = new_figure(11, 6.4 if noisy else 5.2, len(ratios), 1, sharex=True, height_ratios=ratios)
-    top, bottom = axes[0, 0], axes[-1, 0]
-    number = np.arange(1, len(steps) + 1)
-    width = 0.84 / max(1, len(lags))
-    colours = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-    for k, lag in enumerate(lags):
-        weight = [dict(step.evaluations).get(lag, 0.0) for step in steps]
-        top.bar(number + (k - (len(lags) - 1) / 2) * width, weight, width, color=colours[k % len(colours)],
-                label="D, newest" if lag == 0 else f"D, {lag} before")
-    top.plot(number, [step.x_scale for step in steps], "o-", color="#555555", linewidth=1.0, markersize=4,
-             label="state x")
-    top.axhline(0.0, color="#333333", linewidth=0.8)
-    top.set_ylabel("weight")
+    series = _draw_weights(axes[0, 0], plan)
     if noisy:
-        middle = axes[1, 0]
-        middle.plot(number, [step.noise or np.nan for step in steps], "x-", color="#b00020", linewidth=1.0,
-                    markersize=6, label="noise z")
-        middle.set_yscale("log")
-        middle.set_ylabel("noise")
-    bottom.bar(number, plan.orders, 0.7, color="#7a8ca3")
-    bottom.set_ylabel("evaluations")
-    bottom.set_yticks(range(0, max(plan.orders) + 1))
-    bottom.set_xlabel("step")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    bottom.set_xlim(0.4, len(steps) + 0.6)
+        _draw_noise(axes[1, 0], plan)
+    _draw_orders(axes[-1, 0], plan)
+    _number_steps(axes[-1, 0], len(plan.steps))
     handles = [axis.get_legend_handles_labels() for axis in axes[:-1, 0]]
     figure.legend(sum((h for h, _ in handles), []), sum((t for _, t in handles), []), loc="outside lower center",
-                  ncols=len(lags) + 2, frameon=False, fontsize=9)
+                  ncols=series + noisy, frameon=False, fontsize=9)
     if title:
-        top.set_title(title, loc="left", fontsize=11)
+        axes[0, 0].set_title(title, loc="left", fontsize=11)
     return figure
 
 
-__all__ = ["make_plot_plan", "new_figure", "plot_injected_noise", "plot_noise_scales", "plot_weights", "to_image"]
+def plot_run(plan: Plan, process, scale, eta: float = 1.0, title: str = ""):
+    """All that a run does, on one sheet, for a person who tunes it.
+
+    Left: the noise scale g^eta over the run's lambda with a mark per step, among the functions of the table; and the
+    noise that each step adds, its standard deviation on a logarithmic axis and the share of the noise's variance that is
+    new.  Right: the weights and the orders, as in `plot_weights`.
+
+    Args:
+        plan: of `make_plot_plan`.
+        process: "ve" or "flow", the plan's.
+        scale: the noise scale, as `ersde.sample_er_sde` takes it; eta: its exponent within the window.
+        title: above the figure; "" leaves it out.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    scale, steps = get_noise_scale(scale), len(plan.steps)
+    number = np.arange(1, steps + 1)
+    figure, axes = new_figure(13, 7.6, 2, 2, height_ratios=(3, 2))
+    curve, weights, amount, orders = axes.flat
+
+    lam = get_process(process).lam(plan.sigmas)
+    lam = lam[np.isfinite(lam) & (lam > 0)]
+    low, high = (lam.min() / 1.5, lam.max() * 1.5) if len(lam) else (0.01, 100.0)
+    grid = torch.logspace(np.log10(low), np.log10(high), 300, dtype=torch.float64)
+    one = torch.full((1,), low, dtype=torch.float64)
+    value = lambda g, at, power=1.0: (power * (g.log_g(at) - g.log_g(one))).exp().numpy()
+    for i, other in enumerate(NOISE_SCALES.values()):
+        if other.name != scale.name:
+            curve.plot(grid.numpy(), value(other, grid), **{**_style(other, i), "linewidth": 1.0, "alpha": 0.45},
+                       label=other.name)
+    name = scale.name if eta == 1 else f"{scale.name}, eta {eta:g}"
+    curve.plot(grid.numpy(), value(scale, grid, eta), color="#000000", linewidth=2.6, label=name)
+    if len(lam):
+        curve.plot(lam, value(scale, torch.from_numpy(lam), eta), "o", color="#000000", markersize=5)
+    curve.set_xscale("log")
+    curve.set_yscale("log")
+    curve.set_xlim(low, high)
+    curve.invert_xaxis()
+    curve.set_xlabel("lambda = sigma / alpha, as the run goes")
+    curve.set_ylabel("g(lambda)^eta, 1 at the end")
+    curve.set_title("noise scale: the steeper, the more noise", loc="left", fontsize=11)
+    curve.legend(frameon=False, fontsize=8, ncols=2)
+
+    after = plan.sigmas[1:]
+    noise = np.array([step.noise for step in plan.steps])
+    top = noise.max()
+    share = np.divide(noise, after, out=np.zeros_like(noise), where=after > 0) ** 2
+    new = amount.twinx()
+    new.bar(number, share, 0.7, color="#c9d4e0", zorder=0)
+    new.set_ylim(0, max(1.0, 1.05 * share.max()))
+    new.spines["top"].set_visible(False)
+    new.set_ylabel("share of the variance that is new", color="#7a8ca3")
+    amount.set_zorder(new.get_zorder() + 1)
+    amount.patch.set_visible(False)
+    if top > 0:
+        _draw_noise(amount, plan)
+        amount.set_ylabel("standard deviation added", color="#b00020")
+    else:
+        amount.set_yticks([])
+        amount.text(0.5, 0.5, "no step adds noise", transform=amount.transAxes, ha="center", va="center", fontsize=12)
+    amount.set_title("noise added per step", loc="left", fontsize=11)
+
+    series = _draw_weights(weights, plan)
+    weights.set_title("weights of the model's evaluations", loc="left", fontsize=11)
+    low, high = weights.get_ylim()
+    weights.set_ylim(low, high + 0.2 * (high - low))        # room for the legend
+    weights.legend(frameon=False, fontsize=8, ncols=min(4, series), loc="upper left")
+    _draw_orders(orders, plan)
+    orders.set_title("evaluations that a step looks at", loc="left", fontsize=11)
+    for axis in (amount, weights, orders):
+        _number_steps(axis, steps)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+__all__ = ["make_plot_plan", "new_figure", "plot_injected_noise", "plot_noise_scales", "plot_run", "plot_weights",
+           "to_image"]

@@ -142,6 +142,10 @@ def _no_constants(text: str):
     raise ValueError(f"{text} is not a number that a preset may have")
 
 
+def _parse(text: str):
+    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+
+
 def _read(path: str) -> Dict[str, object]:
     """The file's object of presets; ValueError or OSError with a reason when it is none."""
     with open(path, "rb") as file:
@@ -149,7 +153,7 @@ def _read(path: str) -> Dict[str, object]:
     if len(data) > _FILE_LIMIT:
         raise ValueError(f"the file is larger than {_FILE_LIMIT} bytes")
     try:
-        found = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        found = _parse(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"the file is not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
@@ -223,6 +227,19 @@ def _from_dict(name: str, fields) -> Preset:
     if "name" in fields:
         raise TypeError("unknown field 'name'; the key is the name")
     return Preset(name, **fields)
+
+
+def from_json(name: str, text: str) -> Preset:
+    """A preset from the JSON object of its fields, as a user's file holds it under the name; missing ones at default.
+
+    Raises:
+        ValueError, TypeError: the text is not such an object, the name or a field is not allowed; names it.
+    """
+    try:
+        fields = _parse(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"preset {name!r}: its settings are not JSON: {error or 'nested too deeply'}") from None
+    return _from_dict(name, fields)
 
 
 def save_preset(path, preset: Preset) -> None:

@@ -125,8 +125,9 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     extra_args = {} if extra_args is None else extra_args
     if noise_sampler is None:
         seed = extra_args.get("seed")
-        seeded = SeededNoise(x, seed if isinstance(seed, int) else None)
-        noise = lambda i: seeded(values[i])
+        noise_sampler = SeededNoise(x, seed if isinstance(seed, int) else None)
+    if isinstance(noise_sampler, SeededNoise):
+        noise = lambda i: noise_sampler(values[i])      # from numbers: a device tensor would be read back
     else:
         noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
     shift = None

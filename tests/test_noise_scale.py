@@ -106,8 +106,9 @@ def test_a_curve_through_a_functions_values_samples_as_the_function():
     lam = torch.logspace(-2, 2, 60, dtype=torch.float64)
     curve = from_points(zip(lam.tolist(), NOISE_SCALES["sde_5"].log_g(lam).exp().tolist()))
     sigmas = torch.cat((torch.logspace(1, -1.5, 15, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
-    run = lambda scale: sample_er_sde(lambda x, sigma, seed: x / (1 + sigma[0] ** 2), torch.ones(2, 8, dtype=torch.float64) * 10,
-                                      sigmas, {"seed": 1}, disable=True, noise_scale=scale, process="ve")
+    x = torch.full((2, 8), 10.0, dtype=torch.float64)
+    run = lambda scale: sample_er_sde(lambda x, sigma, seed: x / (1 + sigma[0] ** 2), x, sigmas, {"seed": 1}, disable=True,
+                                      noise_scale=scale, process="ve")
     assert torch.allclose(run(curve), run("sde_5"), atol=1e-4)
 
 
