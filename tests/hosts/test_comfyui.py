@@ -1,250 +1,72 @@
-"""A real ComfyUI on the CPU, driven through its HTTP API with two tiny random models.
+"""A real ComfyUI on the CPU, driven through its HTTP API and websocket with tiny random models.
 
-    COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/its/python python -m pytest tests/hosts/test_comfyui.py
+    COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/its/python python -m pytest tests/hosts -k comfyui
 
-COMFYUI_PYTHON may be left out when this Python has ComfyUI's packages.  Nothing is written to that folder: the server
-runs from a scratch folder that links to it and has custom nodes, models and pictures of its own.
+COMFYUI_PATH may be left out when the pack lies in a ComfyUI's custom_nodes, and COMFYUI_PYTHON when this Python has its
+packages.  Nothing is written to that folder: the server runs from a scratch folder that links to it.
 """
-import io
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
+from comfy_host import (
+    AS_PRESET,
+    MODELS,
+    ComfyUI,
+    Events,
+    add,
+    add_custom,
+    add_host,
+    add_ours,
+    add_part,
+    add_picture,
+    add_run,
+    difference,
+    stock_pictures,
+    workflow,
+)
 
 from ersde import PRESETS
 
 pytestmark = pytest.mark.host
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-MAKERS = REPOSITORY.parent / "shared" / "tools"
-MODELS = {"sd15": "make_tiny_sd15.py", "flow": "make_tiny_flow.py"}
-AS_PRESET = {"noise_scale": "as preset", "eta": -1.0, "s_noise": -1.0, "order": 0}
-START_S, RUN_S = 180, 300
-
-
-# The host in a scratch folder
-
-class ComfyUI:
-    """A server of one scratch folder; `with` starts and stops it."""
-
-    def __init__(self, base):
-        self.base = base
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-
-    def __enter__(self):
-        self.log = (self.base / f"server-{self.port}.log").open("w+", encoding="utf-8", errors="replace")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        self.process = subprocess.Popen(
-            [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--listen", "127.0.0.1",
-             "--port", str(self.port), "--base-directory", str(self.base), "--front-end-root", str(self.base / "web"),
-             "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",
-             "--preview-method", "latent2rgb"],
-            cwd=self.base, env=env, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT)
-        end = time.monotonic() + START_S
-        while True:
-            try:
-                self.nodes = self.get("/object_info")
-                return self
-            except (OSError, ValueError):
-                if self.process.poll() is not None or time.monotonic() > end:
-                    self.__exit__()
-                    pytest.fail(f"ComfyUI did not start within {START_S} s:\n{self.read_log()[-6000:]}")
-                time.sleep(0.5)
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(20)
-
-    def read_log(self):
-        return Path(self.log.name).read_text(encoding="utf-8", errors="replace")
-
-    def get(self, path, raw=False):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
-            data = answer.read()
-        return data if raw else json.loads(data)
-
-    def post(self, path, body):
-        """(HTTP status, JSON body or None)."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                status, data = answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            status, data = error.code, error.read()
-        return status, json.loads(data) if data else None
-
-    def submit(self, prompt):
-        status, body = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})
-        assert status == 200, body
-        return body["prompt_id"]
-
-    def finish(self, prompt_id):
-        """The run's record once it is over, well or badly."""
-        end = time.monotonic() + RUN_S
-        while time.monotonic() < end:
-            record = self.get(f"/history/{prompt_id}").get(prompt_id)
-            if record is not None:
-                return record
-            assert self.process.poll() is None, self.read_log()[-6000:]
-            time.sleep(0.2)
-        pytest.fail(f"the run took more than {RUN_S} s:\n{self.read_log()[-6000:]}")
-
-    def pictures(self, prompt):
-        """{node: first picture as an integer array} of the prompt's PreviewImage nodes."""
-        record = self.finish(self.submit(prompt))
-        assert record["status"]["status_str"] == "success", record["status"]["messages"]
-        return {node: self.picture(output["images"][0]) for node, output in record["outputs"].items()}
-
-    def picture(self, image):
-        from PIL import Image
-        data = self.get("/view?" + urllib.parse.urlencode(image), raw=True)
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-
-    def failure(self, prompt):
-        """The message of a run that must fail while it executes."""
-        record = self.finish(self.submit(prompt))
-        assert record["status"]["status_str"] == "error"
-        (message,) = [data for kind, data in record["status"]["messages"] if kind == "execution_error"]
-        return message["exception_message"]
+TITLES = {"ERSDE_Sampler": "ER-SDE Sampler", "ERSDE_KSampler": "KSampler (ER-SDE)",
+          "ERSDE_KSamplerAdvanced": "KSampler Advanced (ER-SDE)", "ERSDE_NoiseScale": "ER-SDE Noise Scale",
+          "ERSDE_Plot": "ER-SDE Plot", "ERSDE_Preset": "ER-SDE Preset", "ERSDE_PresetSave": "ER-SDE Preset Save"}
+NAMES = [*(f"ersde_{name}" for name in PRESETS), "ersde_sde_5_cfg_pp", "ersde_ode_cfg_pp"]
+BOTH = ("sd15", "flow")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The scratch folder, with the two models and without the pack."""
-    path = os.environ.get("COMFYUI_PATH")
-    if not path:
-        pytest.skip("no ComfyUI to test against: set COMFYUI_PATH to its folder (and COMFYUI_PYTHON to its Python)")
-    host = Path(path).resolve()
-    if not (host / "main.py").is_file() or not (host / "comfy").is_dir():
-        pytest.fail(f"COMFYUI_PATH is not a ComfyUI folder: {host}")
-    absent = [name for name in MODELS.values() if not (MAKERS / name).is_file()]
-    if absent:
-        pytest.skip(f"the makers of the tiny models are not there: {', '.join(absent)} in ../shared/tools")
-    base = tmp_path_factory.mktemp("comfyui")
-    own = {"custom_nodes", "models", "input", "output", "temp", "user", ".git"}
-    for entry in host.iterdir():
-        if entry.name not in own:
-            (base / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
-    for name in ("custom_nodes", "models/checkpoints", "input", "output", "temp", "user", "web"):
-        (base / name).mkdir(parents=True)
-    (base / "web" / "index.html").write_text("no page is needed")
-    for name, maker in MODELS.items():
-        target = base / "models" / "checkpoints" / f"{name}.safetensors"
-        subprocess.run([sys.executable, str(MAKERS / maker), str(target)],
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-                       check=True, stdout=subprocess.DEVNULL, timeout=300)
-    return base
+def choices(definition):
+    """A list input's choices, as either node schema has them."""
+    kind, options = definition
+    return kind if isinstance(kind, list) else options["options"]
 
-
-@pytest.fixture(scope="module")
-def before(base):
-    """What the host offers and draws without the pack: (its nodes, {model: {sampler: picture}})."""
-    assert not list((base / "custom_nodes").iterdir())
-    with ComfyUI(base) as comfy:
-        return comfy.nodes, {model: stock_pictures(comfy, model) for model in MODELS}
-
-
-@pytest.fixture(scope="module")
-def comfy(base, before):
-    """The host with the pack put in by its installer."""
-    done = subprocess.run([sys.executable, str(REPOSITORY / "install.py"), "comfyui", str(base)],
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list((base / "custom_nodes").iterdir())) == 1
-    with ComfyUI(base) as comfy:
-        yield comfy
-
-
-# Workflows in the API's form
-
-def workflow(model, batch=1):
-    """The nodes that all runs of a model share: a 64 x 64 picture from noise."""
-    return {
-        "model": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"{model}.safetensors"}},
-        "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": "a red house"}},
-        "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": "blurry"}},
-        "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": batch}},
-    }
-
-
-def add_picture(prompt, name, samples):
-    """Decode `samples`, an output of the prompt, into the picture called `name`."""
-    prompt[name + " decoded"] = {"class_type": "VAEDecode", "inputs": {"samples": samples, "vae": ["model", 2]}}
-    prompt[name] = {"class_type": "PreviewImage", "inputs": {"images": [name + " decoded", 0]}}
-
-
-def add_run(prompt, name, kind, **inputs):
-    """A KSampler or ERSDE_KSampler run, and its picture called `name`."""
-    common = {"model": ["model", 0], "seed": 42, "steps": 8, "cfg": 4.0, "scheduler": "simple", "denoise": 1.0,
-              "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
-    prompt[name + " run"] = {"class_type": kind, "inputs": {**common, **inputs}}
-    add_picture(prompt, name, [name + " run", 0])
-
-
-def add_ours(prompt, name, preset, **inputs):
-    add_run(prompt, name, "ERSDE_KSampler", preset=preset, **{**AS_PRESET, **inputs})
-
-
-def add_custom(prompt, name, preset, **inputs):
-    """The same run through ERSDE_Sampler and the host's SamplerCustom."""
-    prompt[name + " sampler"] = {"class_type": "ERSDE_Sampler", "inputs": {"preset": preset, **AS_PRESET, **inputs}}
-    prompt[name + " sigmas"] = {"class_type": "BasicScheduler", "inputs": {
-        "model": ["model", 0], "scheduler": "simple", "steps": 8, "denoise": 1.0}}
-    prompt[name + " run"] = {"class_type": "SamplerCustom", "inputs": {
-        "model": ["model", 0], "add_noise": True, "noise_seed": 42, "cfg": 4.0, "positive": ["positive", 0],
-        "negative": ["negative", 0], "sampler": [name + " sampler", 0], "sigmas": [name + " sigmas", 0],
-        "latent_image": ["latent", 0]}}
-    add_picture(prompt, name, [name + " run", 0])
-
-
-def stock_pictures(comfy, model):
-    prompt = workflow(model)
-    for sampler in ("euler", "er_sde", "dpmpp_2m_sde"):
-        add_run(prompt, sampler, "KSampler", sampler_name=sampler)
-    return comfy.pictures(prompt)
-
-
-def difference(one, other):
-    """The largest difference of a channel of a pixel, in 1/255."""
-    return int(np.abs(one - other).max())
-
-
-# The tests
 
 def test_nodes_are_offered_with_every_tooltip(comfy):
-    for key, title in (("ERSDE_Sampler", "ER-SDE Sampler"), ("ERSDE_KSampler", "KSampler (ER-SDE)")):
+    for key, title in TITLES.items():
         node = comfy.nodes[key]
         assert node["display_name"] == title and node["category"].startswith("sampling") and node["description"]
-        for name, (_, options) in node["input"]["required"].items():
-            assert options["tooltip"], name
-    shared = comfy.nodes["ERSDE_KSampler"]["input"]["required"]
-    assert shared["scheduler"][0] == comfy.nodes["KSampler"]["input"]["required"]["scheduler"][0]
-    assert shared["preset"][0] == list(PRESETS)
+        for group in node["input"].values():
+            for name, definition in group.items():
+                assert name in ("prompt", "extra_pnginfo") or definition[1]["tooltip"], (key, name)
+        assert all(node["output_tooltips"])
+        # Only newer versions have them.
+        assert "search_aliases" not in comfy.nodes["KSampler"] or "er_sde" in node["search_aliases"]
+    inputs, theirs = (comfy.nodes[key]["input"]["required"] for key in ("ERSDE_KSampler", "KSampler"))
+    assert choices(inputs["scheduler"]) == choices(theirs["scheduler"])
+    assert choices(inputs["preset"]) == list(PRESETS)
 
 
-def test_the_hosts_own_nodes_and_lists_are_as_before(comfy, before):
-    nodes, _ = before
-    assert set(comfy.nodes) - set(nodes) == {"ERSDE_Sampler", "ERSDE_KSampler"}
+def test_the_hosts_own_nodes_are_as_before_but_for_our_names_in_its_list_of_samplers(comfy, before):
+    nodes = before[0]
+    assert set(comfy.nodes) - set(nodes) == set(TITLES)
     assert set(nodes) <= set(comfy.nodes)
-    for key in ("KSampler", "KSamplerAdvanced", "KSamplerSelect", "SamplerER_SDE"):
-        assert comfy.nodes[key] == nodes[key]
+    changed = {}
+    for key, node in nodes.items():
+        if json.dumps(comfy.nodes[key]) != json.dumps(node):
+            changed[key] = json.dumps(comfy.nodes[key]).replace(", " + json.dumps(NAMES)[1:-1], "") == json.dumps(node)
+    assert {"KSampler", "KSamplerAdvanced", "KSamplerSelect"} <= set(changed) and all(changed.values()), changed
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -255,33 +77,52 @@ def test_stock_pictures_are_bit_identical_with_the_pack(comfy, before, model):
         assert picture.std() > 5, sampler
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_both_nodes_draw_the_same_picture_in_every_preset(comfy, model):
+@pytest.mark.parametrize("model", BOTH)
+def test_every_way_draws_the_same_picture_in_every_preset(comfy, model):
+    """The two nodes, the name in the host's list, and the library on the host's model with nothing of the pack between."""
     prompt = workflow(model)
     for preset in PRESETS:
         add_ours(prompt, preset, preset)
         add_custom(prompt, preset + " custom", preset)
+        add_host(prompt, preset + " name", "ersde_" + preset)
+        if preset != "comfyui":                             # that takes the host's noise
+            add_run(prompt, preset + " library", "Probe_Direct", preset=preset)
+            del prompt[preset + " library run"]["inputs"]["denoise"]
     pictures = comfy.pictures(prompt)
-    for preset in PRESETS:
-        assert np.array_equal(pictures[preset], pictures[preset + " custom"]), preset
-        assert pictures[preset].std() > 5, preset
+    for name, picture in pictures.items():
+        assert np.array_equal(picture, pictures[name.split()[0]]), name
+        assert picture.std() > 5, name
     assert difference(pictures["sde_5"], pictures["sde"]) > 1
 
 
-@pytest.mark.parametrize("model", MODELS)
+def test_a_name_is_a_sampler_of_the_hosts_own_nodes(comfy):
+    prompt = workflow("flow")
+    add_ours(prompt, "node", "sde")
+    add_custom(prompt, "selected", sampler=add(prompt, "select", "KSamplerSelect", sampler_name="ersde_sde"))
+    add_part(prompt, "advanced", "ersde_sde", kind="KSamplerAdvanced")
+    pictures = comfy.pictures(prompt)
+    assert np.array_equal(pictures["node"], pictures["selected"]) and np.array_equal(pictures["node"], pictures["advanced"])
+
+
+def test_without_the_pack_a_workflow_with_our_name_is_refused_by_that_name(before):
+    ((name, details),) = before[2]["named run"]
+    assert name == "sampler_name" and "ersde_sde_5" in details and "not in" in details
+
+
+@pytest.mark.parametrize("model", BOTH)
 @pytest.mark.parametrize("steps, scheduler, denoise, batch", [
     (8, "simple", 1.0, 1), (20, "karras", 1.0, 1), (3, "normal", 1.0, 1), (8, "beta", 0.6, 1), (8, "simple", 1.0, 2)])
 def test_the_compatible_preset_is_the_hosts_er_sde(comfy, model, steps, scheduler, denoise, batch):
     prompt = workflow(model, batch)
     settings = dict(steps=steps, scheduler=scheduler, denoise=denoise, seed=2 ** 63 + 5)
-    add_run(prompt, "host", "KSampler", sampler_name="er_sde", **settings)
+    add_host(prompt, "host", **settings)
     add_ours(prompt, "ours", "comfyui", **settings)
     pictures = comfy.pictures(prompt)
     assert difference(pictures["host"], pictures["ours"]) <= 1
     assert pictures["host"].std() > 5
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", BOTH)
 @pytest.mark.parametrize("member, theirs", [("sde", "Reverse-time SDE"), ("ode", "ODE")])
 def test_the_compatible_method_is_the_hosts_in_the_other_members(comfy, model, member, theirs):
     prompt = workflow(model)
@@ -293,7 +134,7 @@ def test_the_compatible_method_is_the_hosts_in_the_other_members(comfy, model, m
     assert difference(pictures["host"], pictures["ours"]) <= 1
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", BOTH)
 def test_picture_to_picture_with_a_mask_goes_through_the_hosts_code(comfy, model):
     prompt = workflow(model)
     prompt["source"] = {"class_type": "EmptyImage", "inputs": {
@@ -306,7 +147,7 @@ def test_picture_to_picture_with_a_mask_goes_through_the_hosts_code(comfy, model
     prompt["latent"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["encoded", 0], "mask": ["mask", 0]}}
     add_picture(prompt, "untouched", ["encoded", 0])
     settings = dict(denoise=0.7, steps=10)
-    add_run(prompt, "host", "KSampler", sampler_name="er_sde", **settings)
+    add_host(prompt, "host", **settings)
     add_ours(prompt, "ours", "comfyui", **settings)
     add_ours(prompt, "exact", "sde_5", **settings)
     pictures = comfy.pictures(prompt)
@@ -329,12 +170,20 @@ def test_an_override_changes_the_picture_and_its_preset_value_does_not(comfy):
         assert difference(pictures["preset"], pictures[name]) > 0, name
 
 
-@pytest.mark.parametrize("add", [add_ours, add_custom])
-def test_a_bad_value_is_named_in_the_apis_error(comfy, add):
+ERRORS = {
+    "an order too high for the method": (dict(preset="comfyui", order=5), ["order must be between 1 and 3", "5"]),
+    "a window the wrong way round": (dict(preset="flat", start_percent=0.9), ["start must not be above end", "0.9", "0.7"]),
+}
+
+
+@pytest.mark.parametrize("add_sampler", [add_ours, add_custom, add_part])
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_bad_value_is_one_sentence_in_the_error_box(comfy, add_sampler, case):
+    inputs, words = ERRORS[case]
     prompt = workflow("flow")
-    add(prompt, "picture", "comfyui", order=5)
+    add_sampler(prompt, "picture", **inputs)
     message = comfy.failure(prompt)
-    assert "order must be between 1 and 3" in message.splitlines()[0] and "5" in message.splitlines()[0]
+    assert all(word in message for word in words), message
 
 
 def test_a_bad_value_from_another_node_is_named_too(comfy):
@@ -342,18 +191,23 @@ def test_a_bad_value_from_another_node_is_named_too(comfy):
     prompt["number"] = {"class_type": "PrimitiveInt", "inputs": {"value": 9}}
     add_ours(prompt, "picture", "sde_5", order=["number", 0])
     message = comfy.failure(prompt)
-    assert "order must be between 1 and 5" in message.splitlines()[0] and "9" in message.splitlines()[0]
+    assert "order must be between 1 and 5" in message and "9" in message
 
 
 @pytest.mark.parametrize("change, word", [({"preset": "sde_55"}, "preset"), ({"noise_scale": "x"}, "noise_scale"),
                                           ({"eta": -2.0}, "eta"), ({"order": 6}, "order")])
-def test_a_bad_widget_value_is_refused_when_it_is_sent(comfy, change, word):
+def test_a_bad_widget_value_is_named(comfy, change, word):
+    """When it is sent, or, where the host does not look at a list's value (0.3.64), when it runs."""
     prompt = workflow("flow")
     add_ours(prompt, "picture", **{"preset": "sde_5", **change})
     status, body = comfy.post("/prompt", {"prompt": prompt})
-    assert status == 400
-    (error,) = body["node_errors"]["picture run"]["errors"]
-    assert error["extra_info"]["input_name"] == word
+    if status == 200:
+        comfy.finish(body["prompt_id"])
+        message = comfy.failure(prompt)
+        assert message.startswith(word + " must be one of") and list(change.values())[0] in message
+    else:
+        (error,) = body["node_errors"]["picture run"]["errors"]
+        assert error["extra_info"]["input_name"] == word
 
 
 def test_a_run_can_be_interrupted(comfy):
@@ -368,3 +222,115 @@ def test_a_run_can_be_interrupted(comfy):
     comfy.post("/interrupt", {})
     record = comfy.finish(prompt_id)
     assert "execution_interrupted" in [kind for kind, _ in record["status"]["messages"]]
+
+
+@pytest.mark.parametrize("kind", ["node", "part", "custom", "name"])
+def test_progress_and_previews_arrive(comfy, kind):
+    prompt = workflow("sd15")
+    seed = {"node": 101, "part": 102, "custom": 103, "name": 104}[kind]         # a run that is not cached
+    if kind == "node":
+        add_ours(prompt, "picture", "sde_5", seed=seed)
+    elif kind == "part":
+        add_part(prompt, "picture", "sde_5", noise_seed=seed, end_at_step=6, return_with_leftover_noise="enable")
+    elif kind == "custom":
+        add_custom(prompt, "picture", "sde_5", seed=seed)
+    else:
+        add_host(prompt, "picture", "ersde_sde_5", seed=seed)
+    events = Events(comfy)
+    try:
+        prompt_id = comfy.submit(prompt, events.client)
+        events.wait_for("execution_success", prompt_id)
+        progress = [(m["data"]["value"], m["data"]["max"]) for m in events.messages
+                    if m["type"] == "progress" and m["data"].get("node") == "picture run"]
+    finally:
+        events.close()
+    steps = 6 if kind == "part" else 8
+    assert progress == [(i, steps) for i in range(1, steps + 1)]
+    assert len(events.previews) >= 1 and all(min(image.size) >= 8 for image in events.previews)
+
+
+def test_a_variable_keeps_our_names_out_of_the_list_and_the_nodes_work(installed):
+    with ComfyUI(installed, ERSDE_COMFYUI_DROPDOWN="off") as comfy:
+        assert not [name for name in choices(comfy.nodes["KSampler"]["input"]["required"]["sampler_name"])
+                    if name.startswith("ersde")]
+        prompt = workflow("flow")
+        add_ours(prompt, "picture", "sde_5")
+        assert comfy.pictures(prompt)["picture"].std() > 5
+
+
+# The nodes for noise scales, presets and plots
+
+def test_noise_scales_plug_in(comfy):
+    prompt = workflow("sd15")
+    scales = {"function": dict(function="sde", eta=0.4, points=""),
+              "power": dict(function="points", eta=0.4, points="1e-4 1e-4\n1e4 1e4"),
+              "curve": dict(function="points", eta=1.0, points="0.1 1\n1 1\n10 30")}
+    for name, inputs in scales.items():
+        add_ours(prompt, name, "sde_5", custom_scale=add(prompt, name + " scale", "ERSDE_NoiseScale", **inputs))
+    add_ours(prompt, "plain", "sde", eta=0.4)
+    pictures = comfy.pictures(prompt)
+    assert np.array_equal(pictures["function"], pictures["plain"])
+    assert difference(pictures["power"], pictures["plain"]) <= 1
+    assert difference(pictures["curve"], pictures["plain"]) > 1
+
+
+def test_a_falling_curve_is_named_in_the_error_box(comfy):
+    prompt = workflow("flow")
+    scale = add(prompt, "scale", "ERSDE_NoiseScale", function="points", eta=1.0, points="0.1 2\n1 1.5\n10 30")
+    add_ours(prompt, "picture", "sde_5", custom_scale=scale)
+    message = comfy.failure(prompt)
+    assert "must not fall" in message and "g = 2 at lambda = 0.1" in message and "g = 1.5 at lambda = 1" in message
+
+
+def test_a_preset_is_saved_shown_loaded_and_carried_to_another_machine(comfy):
+    prompt = workflow("flow")
+    settings = {"noise_scale": "sde_2", "eta": 0.4, "s_noise": -1.0, "order": 2, "end_percent": 0.8}
+    saved = add(prompt, "saved", "ERSDE_PresetSave", name="my look", preset="flat", description="for lines", **settings)
+    add_ours(prompt, "at once", "sde_5", custom_preset=saved)
+    add_ours(prompt, "inputs", "flat", **settings)
+    pictures = comfy.pictures(prompt)
+    file = comfy.base / "presets.json"
+    assert list(json.loads(file.read_text())) == ["my look"]
+    node = comfy.get("/object_info/ERSDE_Preset")["ERSDE_Preset"]["input"]["required"]["preset"]
+    assert choices(node)[-1] == "my look"
+    carried = node[1]["ersde_carried"]["my look"]
+
+    prompt = workflow("flow")
+    add_ours(prompt, "loaded", "sde_5", custom_preset=add(prompt, "load", "ERSDE_Preset", preset="my look", settings=""))
+    add_ours(prompt, "by name", "my look")
+    pictures.update(comfy.pictures(prompt))
+    file.rename(file.with_suffix(".elsewhere"))
+    try:                                                    # another machine, which has no such preset
+        prompt = workflow("flow")
+        add_ours(prompt, "carried", "sde_5", custom_preset=add(prompt, "load", "ERSDE_Preset", preset="my look",
+                                                               settings=carried))
+        pictures.update(comfy.pictures(prompt))
+        prompt["load"]["inputs"]["settings"] = ""
+        message = comfy.failure(prompt)
+        assert "'my look' is not on this machine" in message
+    finally:
+        file.with_suffix(".elsewhere").rename(file)
+    for name, picture in pictures.items():
+        assert np.array_equal(picture, pictures["inputs"]), name
+
+    prompt = workflow("flow")
+    add(prompt, "saved", "ERSDE_PresetSave", name="my look", preset="sde", **AS_PRESET)
+    assert "'my look' with other settings is there already" in comfy.failure(prompt)
+    prompt["saved"]["inputs"]["name"] = "../my look"
+    assert comfy.failure(prompt).startswith("name must be 1 to 64 letters")
+    assert list(json.loads(file.read_text())) == ["my look"]
+    file.unlink()
+
+
+def test_the_plot_is_a_chart_of_the_model(comfy):
+    charts = {}
+    for model in BOTH:
+        prompt = workflow(model)
+        for preset in ("sde_5", "few_steps"):
+            chart = add(prompt, preset + " plot", "ERSDE_Plot", model=["model", 0], scheduler="simple", steps=12,
+                        denoise=1.0, preset=preset, **AS_PRESET)
+            add(prompt, preset, "PreviewImage", images=chart)
+        charts.update({(model, name): picture for name, picture in comfy.pictures(prompt).items()})
+    assert {chart.shape for chart in charts.values()} == {(760, 1300, 3)}
+    assert all(0.02 < (chart < 250).any(-1).mean() < 0.5 for chart in charts.values())
+    assert len({chart.tobytes() for chart in charts.values()}) == 4

@@ -1,0 +1,39 @@
+"""One ComfyUI for all the tests of a session: before the pack is there, and with it."""
+import subprocess
+import sys
+
+import pytest
+from comfy_host import MODELS, REPOSITORY, ComfyUI, add_host, make_base, stock_pictures, workflow
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The scratch folder, with the models and without the pack."""
+    return make_base(tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def before(base):
+    """The host without the pack: (its nodes, {model: {sampler: picture}}, what it says to one of our sampler names)."""
+    assert [entry.name for entry in (base / "custom_nodes").iterdir()] == ["ersde_probe"]
+    with ComfyUI(base) as comfy:
+        prompt = workflow("flow")
+        add_host(prompt, "named", "ersde_sde_5")
+        return comfy.nodes, {model: stock_pictures(comfy, model) for model in MODELS}, comfy.refusal(prompt)
+
+
+@pytest.fixture(scope="session")
+def installed(base, before):
+    """The scratch folder once the installer has put the pack in."""
+    done = subprocess.run([sys.executable, str(REPOSITORY / "install.py"), "comfyui", str(base)],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((base / "custom_nodes").iterdir())) == 2
+    return base
+
+
+@pytest.fixture(scope="session")
+def comfy(installed):
+    """The host with the pack."""
+    with ComfyUI(installed) as comfy:
+        yield comfy
