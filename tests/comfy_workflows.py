@@ -23,7 +23,9 @@ def to_prompt(graph):
         inputs, values = {}, list(node.get("widgets_values", ()))
         for slot in node["inputs"]:
             if "widget" in slot:
-                inputs[slot["name"]] = values.pop(0)
+                value = values.pop(0)
+                if slot["name"] != "upload":            # a button
+                    inputs[slot["name"]] = value
                 if "seed" in slot["name"] and values and values[0] in AFTER_SEED:
                     values.pop(0)
             if slot.get("link") is not None:

@@ -1,25 +1,34 @@
 // The preset node: choosing one of a person's own presets copies its settings into the node, so that the workflow carries them.
-import { app } from "../../scripts/app.js";
+import { app } from "../../../scripts/app.js";
+
+const NODE = "ERSDE_Preset";
+const inputOf = (definition) => definition?.input?.required?.preset?.[1]?.ersde_carried;
+let carried = {}; // preset name -> settings, as the lists were last filled
 
 app.registerExtension({
   name: "ersde.preset",
 
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name !== "ERSDE_Preset") return;
+    if (nodeData.name !== NODE) return;
+    carried = inputOf(nodeData) ?? carried;
     const created = nodeType.prototype.onNodeCreated;
     nodeType.prototype.onNodeCreated = function () {
-      created?.apply(this, arguments);
+      const result = created?.apply(this, arguments);
       const find = (name) => this.widgets?.find((widget) => widget.name === name);
       const preset = find("preset");
-      if (!preset) return;
-      const chosen = preset.callback;
-      preset.callback = function (value) {
-        chosen?.apply(this, arguments);
-        const settings = find("settings");
-        // What the lists were last filled with: pressing R brings it up to date.
-        const carried = preset.options?.ersde_carried ?? nodeData.input?.required?.preset?.[1]?.ersde_carried ?? {};
-        if (settings) settings.value = carried[value] ?? "";
-      };
+      const chosen = preset?.callback;
+      if (preset)
+        preset.callback = function (value) {
+          const settings = find("settings");
+          if (settings) settings.value = carried[value] ?? "";
+          return chosen?.apply(this, arguments);
+        };
+      return result;
     };
+  },
+
+  // R on the canvas, after a preset was saved.
+  refreshComboInNodes(definitions) {
+    carried = inputOf(definitions?.[NODE]) ?? carried;
   },
 });
