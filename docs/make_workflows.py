@@ -24,7 +24,7 @@ class Graph:
     """A graph in the API's form, with the columns in which its nodes stand."""
 
     def __init__(self, note):
-        self.note, self.nodes, self.columns, self.titles = note, {}, [[]], {}
+        self.note, self.nodes, self.columns, self.titles, self.sizes = note, {}, [[]], {}, {}
 
     def column(self):
         self.columns.append([])
@@ -214,7 +214,7 @@ The charts need matplotlib: `python -m pip install matplotlib` in ComfyUI's Pyth
         g.column()
         chart = g.add("ERSDE_Plot", title, model=[model, 0], scheduler="karras", steps=24, denoise=1.0, preset="sde_5",
                       **AS_PRESET, **more)
-        g.add("PreviewImage", title, images=[chart, 0])
+        g.sizes[g.add("PreviewImage", title, images=[chart, 0])] = [620, 440]
     return g
 
 
@@ -222,7 +222,7 @@ ALL = {f"ersde_{make.__name__}": make for make in (text_to_image, flow, few_step
                                                    two_stages, plot)}
 
 # Runs in the page: load the API graph, place the nodes in columns behind the note, and serialize.
-PLACE = """async ([api, columns, titles, note, name]) => {
+PLACE = """async ([api, columns, titles, sizes, note, name]) => {
     const app = window.app, wait = (ms) => new Promise((done) => setTimeout(done, ms));
     await app.loadApiJson(api, name);
     await wait(300);
@@ -230,8 +230,8 @@ PLACE = """async ([api, columns, titles, note, name]) => {
                                      LoadImage: [300, 340], ERSDE_NoiseScale: [320, 230]};
     const size = (node) => {
         const least = node.computeSize();
-        const [w, h] = wide[node.type] ?? [Math.max(least[0], 270), least[1]];
-        node.setSize([Math.max(w, Math.min(least[0], 330)), Math.max(h, least[1])]);
+        const [w, h] = sizes[node.id] ?? wide[node.type] ?? [Math.max(least[0], 270), least[1]];
+        node.setSize([w, Math.max(h, least[1])]);
         return node.size;
     };
     const text = window.LiteGraph.createNode("MarkdownNote");
@@ -302,7 +302,7 @@ def main():
         browser, page = open_page(playwright, options.address)
         for name, make in ALL.items():
             g = make()
-            graph = page.evaluate(PLACE, [g.nodes, g.columns, g.titles, g.note, name])
+            graph = page.evaluate(PLACE, [g.nodes, g.columns, g.titles, g.sizes, g.note, name])
             (WORKFLOWS / f"{name}.json").write_text(json.dumps(tidy(graph), indent=1, ensure_ascii=False) + "\n",
                                                     encoding="utf-8")
             print("written:", f"workflows/{name}.json")

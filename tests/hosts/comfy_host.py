@@ -43,6 +43,8 @@ def host_folder():
 
 def make_base(base):
     """Fill a scratch folder that links to the host, with custom nodes and models of its own and without the pack."""
+    from PIL import Image
+
     host = host_folder()
     own = {"custom_nodes", "models", "input", "output", "temp", "user", ".git"}
     for entry in host.iterdir():
@@ -51,6 +53,7 @@ def make_base(base):
     for name in ("custom_nodes/ersde_probe", "models/checkpoints", "input", "output", "temp", "user", "web"):
         (base / name).mkdir(parents=True)
     (base / "web" / "index.html").write_text("no page is needed")
+    Image.new("RGB", (80, 60), (40, 90, 180)).save(base / "input" / "example.png")      # as the host ships one
     (base / "custom_nodes" / "ersde_probe" / "__init__.py").write_text(
         Path(__file__).with_name("comfy_probe.py").read_text(encoding="utf-8"), encoding="utf-8")
     for name, (maker, *options) in MODELS.items():

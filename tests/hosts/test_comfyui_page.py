@@ -37,8 +37,6 @@ def swapped(prompt):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_workflow_runs(comfy, name):
-    from PIL import Image
-    Image.new("RGB", (80, 60), (40, 90, 180)).save(comfy.base / "input" / "example.png")
     prompt = swapped(to_prompt(load(name)))
     pictures = comfy.pictures(prompt)
     shown = [key for key, node in prompt.items() if node["class_type"] in ("PreviewImage", "SaveImage")]
@@ -98,7 +96,7 @@ def chromium(front):
 
 @pytest.fixture
 def page(chromium, front):
-    """The canvas, with what went wrong in `page.wrong`: errors in the console, and bad answers to the pack's own requests."""
+    """The canvas, and in `page.wrong` what went wrong: errors in the console, and bad answers to the pack's own requests."""
     page = chromium.new_page(viewport={"width": 1900, "height": 1000})
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(f"error: {error}"))
@@ -153,6 +151,7 @@ def test_choosing_a_preset_of_ones_own_copies_its_settings_into_the_workflow(pag
     choose = """(name) => { const node = window.app.graph.nodes[0], find = (n) => node.widgets.find((w) => w.name === n);
                             const preset = find("preset"); preset.value = name;
                             preset.callback(name, window.app.canvas, node);
+                            window.app.canvas.setDirty(true, true);
                             return find("settings").value; }"""
     carried = json.loads(page.evaluate(choose, "my look"))
     assert (carried["noise_scale"], carried["eta"], carried["method"]) == ("sde", 0.3, "exact")
