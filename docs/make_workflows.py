@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+PICTURE = Path(__file__).resolve().parent / "comfyui.png"         # the README's, of the first workflow
 SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
 SD35 = "sd3.5_large_fp8_scaled.safetensors"
 GET_SD15 = f"""**Model**: `{SD15}` into `models/checkpoints`, from huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive."""
@@ -265,7 +266,7 @@ PLACE = """async ([api, columns, titles, sizes, note, name]) => {
 
 def tidy(graph):
     """Without what belongs to the one who made it: ids, the view, the versions of the page."""
-    for key in ("id", "revision"):
+    for key in ("id", "revision", *[key for key, value in graph.items() if value is None]):
         graph.pop(key, None)
     graph["extra"] = {}
     for node in graph["nodes"]:
@@ -306,6 +307,8 @@ def main():
             (WORKFLOWS / f"{name}.json").write_text(json.dumps(tidy(graph), indent=1, ensure_ascii=False) + "\n",
                                                     encoding="utf-8")
             print("written:", f"workflows/{name}.json")
+            if make is text_to_image:
+                page.screenshot(path=PICTURE, clip={"x": 270, "y": 130, "width": 1350, "height": 700})
             if options.screenshots:
                 options.screenshots.mkdir(parents=True, exist_ok=True)
                 page.screenshot(path=options.screenshots / f"{name}.png")
