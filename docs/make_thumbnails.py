@@ -38,20 +38,20 @@ def tile(picture, side):
 
 
 def sheet(columns, heads, title):
-    """Columns of pictures with headings, filled up to SIDE x SIDE."""
+    """Columns of pictures, their headings below, SIDE x SIDE in all; the page's own label covers the upper left corner."""
     rows = max(map(len, columns))
-    top = 2 * HEAD if any(heads) else HEAD
-    side = min((SIDE - GAP) // len(columns), (SIDE - top) // rows) - GAP
+    foot = 2 * HEAD if any(heads) else HEAD
+    side = min((SIDE - GAP) // len(columns), (SIDE - foot) // rows) - GAP
     out = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw = ImageDraw.Draw(out)
     big, small = ImageFont.load_default(20), ImageFont.load_default(15)
-    draw.text((SIDE / 2, HEAD / 2 + 2), title, INK, big, anchor="mm")
+    draw.text((SIDE / 2, SIDE - HEAD / 2), title, INK, big, anchor="mm")
     left = (SIDE - len(columns) * (side + GAP) + GAP) // 2
     for c, (pictures, head) in enumerate(zip(columns, heads)):
         x = left + c * (side + GAP)
-        draw.text((x + side / 2, HEAD * 1.5), head, INK, small, anchor="mm")
+        draw.text((x + side / 2, SIDE - HEAD * 1.4), head, INK, small, anchor="mm")
         for r, picture in enumerate(pictures):
-            out.paste(tile(picture, side), (x, top + r * (side + GAP)))
+            out.paste(tile(picture, side), (x, GAP + r * (side + GAP)))
     return out
 
 
@@ -107,9 +107,9 @@ def charts():
     image = plot.to_image(plot.plot_run(plan, "ve", scale))
     out = Image.new("RGB", (SIDE, SIDE), PAPER)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    out.paste(image, (0, (SIDE - image.height + HEAD) // 2))
-    ImageDraw.Draw(out).text((SIDE / 2, HEAD), "the plot, and a curve of your own", INK, ImageFont.load_default(20),
-                             anchor="mm")
+    out.paste(image, (0, (SIDE - image.height) // 2))
+    ImageDraw.Draw(out).text((SIDE / 2, SIDE - HEAD / 2), "the plot, and a curve of your own", INK,
+                             ImageFont.load_default(20), anchor="mm")
     return out
 
 

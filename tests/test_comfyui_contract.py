@@ -558,7 +558,8 @@ def test_the_steps_noise_can_have_a_seed_and_a_source_of_its_own(host):
 
 def test_numbers_not_device_tensors_name_the_steps_to_our_noise(host, monkeypatch):
     seen = []
-    monkeypatch.setattr(SeededNoise, "__call__", lambda self, sigma, after=None: seen.append(type(sigma)) or torch.zeros(1))
+    monkeypatch.setattr(SeededNoise, "__call__",
+                        lambda self, sigma, after=None: seen.append(type(sigma)) or torch.zeros(self.shape))
     build("sde").run(Model(Eps()), start("ve"), SIGMAS["ve"], 7)
     assert seen and not any(issubclass(kind, torch.Tensor) for kind in seen)
 
