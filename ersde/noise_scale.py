@@ -146,7 +146,7 @@ def _pchip_slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Slopes at x of the monotone piecewise cubic through (x, y), y not falling.
 
     Inside, the weighted harmonic mean of the neighbouring secants, 0 where one of them is; at the ends the parabola through
-    three points, kept within the range that is monotone (Fritsch and Butland, SIAM J. Sci. Stat. Comput. 5, 1984).
+    three points, but not falling (Fritsch and Butland, SIAM J. Sci. Stat. Comput. 5, 1984).
     """
     h = np.diff(x)
     secant = np.diff(y) / h
@@ -154,8 +154,7 @@ def _pchip_slopes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.repeat(secant, 2)
 
     def end(h0, h1, d0, d1):
-        slope = max(0.0, ((2 * h0 + h1) * d0 - h0 * d1) / (h0 + h1))
-        return min(slope, 3 * d0)
+        return max(0.0, ((2 * h0 + h1) * d0 - h0 * d1) / (h0 + h1))         # at most 2 d0 where y does not fall
 
     slopes = np.zeros_like(x)
     left, right = secant[:-1], secant[1:]
