@@ -319,6 +319,16 @@ def test_a_preset_is_saved_shown_loaded_and_carried_to_another_machine(comfy):
     prompt["saved"]["inputs"]["name"] = "../my look"
     assert comfy.failure(prompt).startswith("name must be 1 to 64 letters")
     assert list(json.loads(file.read_text())) == ["my look"]
+
+    # A node that names it runs again once it was changed, and not before.
+    prompt = workflow("flow")
+    add_ours(prompt, "by name", "my look")
+    assert comfy.outputs(prompt) == comfy.outputs(prompt)
+    prompt["saved"] = {"class_type": "ERSDE_PresetSave", "inputs": {"name": "my look", "preset": "sde", "overwrite": True,
+                                                                    **AS_PRESET}}
+    comfy.finish(comfy.submit(prompt))
+    del prompt["saved"]
+    assert difference(comfy.pictures(prompt)["by name"], pictures["inputs"]) > 1
     file.unlink()
 
 
