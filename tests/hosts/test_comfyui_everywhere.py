@@ -14,6 +14,8 @@ from comfy_host import (
     workflow,
 )
 
+from ersde.hosts.comfyui import NOISE_NAMES
+
 pytestmark = pytest.mark.host
 BOTH = ("sd15", "flow")
 ORDER_1 = {"order": 1, "corrector": "off"}
@@ -193,6 +195,26 @@ def test_a_picture_of_a_batch_is_that_picture_alone(comfy, model):
     assert difference(pictures["batch"][0], pictures["first alone"]) <= 1
     assert difference(pictures["batch"][0], pictures["first by the sampler"]) <= 1
     assert difference(pictures["batch"][0], pictures["batch"][1]) > 5
+
+
+@pytest.mark.parametrize("model", BOTH)
+def test_every_source_of_noise_draws_a_picture_of_its_own(comfy, model):
+    sources = NOISE_NAMES[1:]
+    prompt = workflow(model, batch=2)
+    add(prompt, "second", "LatentFromBatch", samples=["latent", 0], batch_index=1, length=1)
+    for source in sources:
+        add_ours(prompt, source, "sde", noise=source)
+        add_ours(prompt, source + " alone", "sde", noise=source, latent_image=["second", 0])
+        add_ours(prompt, source + " varied", "sde", noise=source, step_noise_seed=5)
+    add_ours(prompt, "auto", "sde")
+    pictures = comfy.pictures(prompt)
+    assert np.array_equal(pictures["auto"], pictures["cpu"])
+    assert len({pictures[source].tobytes() for source in sources}) == len(sources)
+    for source in sources:
+        assert pictures[source].std() > 5
+        assert difference(pictures[source], pictures[source + " varied"]) > 5, source
+        if source != "comfyui":             # the host's own is one generator for the whole batch
+            assert difference(pictures[source][1], pictures[source + " alone"]) <= 1, source
 
 
 @pytest.mark.parametrize("kind", ["video", "audio", "nested"])
