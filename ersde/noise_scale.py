@@ -48,24 +48,28 @@ class NoiseScale:
 
     def log_g(self, lam) -> Tensor:
         """log g(lambda), float64, of lambda's shape; lambda = inf gives the limit, lambda = 0 counts as 1e-300."""
-        lam = torch.as_tensor(lam, dtype=torch.float64)
+        lam = _cpu(lam)
         inner = lam.clamp(min=1e-300, max=self.peak)
         if math.isinf(self.peak):
             inner = torch.where(torch.isinf(lam), torch.full_like(lam, _LAMBDA_FAR), inner)
-        out = torch.as_tensor(self.log_g_fn(inner), dtype=torch.float64)
+        out = _cpu(self.log_g_fn(inner))
         if math.isinf(self.peak):
-            far = torch.full((), self.log_g_far, dtype=torch.float64)
-            out = torch.where(torch.isinf(lam), far, out)
+            out = torch.where(torch.isinf(lam), _cpu(self.log_g_far), out)
         return out
 
     def phi(self, lam, eta: float = 1.0) -> Tensor:
         """phi_eta(lambda) = lambda * g(lambda)^eta, float64, of lambda's shape."""
-        lam = torch.as_tensor(lam, dtype=torch.float64)
+        lam = _cpu(lam)
         return lam * (eta * self.log_g(lam)).exp() if eta else lam.clone()
 
     def __call__(self, lam) -> Tensor:
         """phi(lambda), so that an entry of `NOISE_SCALES` is itself a callable as `noise_scale` takes one."""
         return self.phi(lam)
+
+
+def _cpu(values) -> Tensor:
+    """`values` as float64 on the CPU, whatever torch's default device is."""
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _power(name: str, formula: str, q: float) -> NoiseScale:
@@ -129,7 +133,7 @@ def from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScale:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"noise_scale {name!r}: phi(lambda) must return a tensor of lambda's shape "
                             f"{tuple(lam.shape)}, got {got}")
-        value = value.to(torch.float64)
+        value = _cpu(value)
         positive = lam > 0
         bad = positive & ~(value > 0)
         if bad.any():
@@ -138,7 +142,7 @@ def from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScale:
                              f"{value[bad].flatten()[0].item()} at lambda = {at:.6g}")
         return torch.log(value) - torch.log(lam)
 
-    far = float(log_g(torch.tensor([_LAMBDA_FAR], dtype=torch.float64))[0])
+    far = float(log_g(_cpu([_LAMBDA_FAR]))[0])
     return NoiseScale(name, "phi / lambda", log_g, far, from_user=True)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from . import hosts
 from .errors import check_bool, check_choice, check_int, check_real
-from .noise import SeededNoise
+from .noise import Noise, make_noise
 from .noise_scale import get_noise_scale
 from .presets import PRESETS, Preset, get_preset
 from .process import check_sigmas, get_process, start_below_one
@@ -38,12 +38,12 @@ def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None
         x: the state at sigmas[0], shape (batch, ...), any float dtype; never written to.
         sigmas: shape (steps + 1,), descending, usually ending in 0; below it x is returned unchanged when shorter than 2.
             A schedule that rises as a whole is inversion, for eta = 0 or noise_scale "ode" only.
-        extra_args: keyword arguments of every model call; an int "seed" in it seeds the default noise.
+        extra_args: keyword arguments of every model call; an int "seed" in it, or one for each image, seeds our own noise.
         callback: called each step with {'x', 'i', 'sigma', 'sigma_hat', 'denoised'}.
         disable: True hides the progress bar.
         eta: exponent of g, from 0: 0 is the ODE whatever noise_scale is, 1 the function as published.
         s_noise: factor of the noise's standard deviation, from 0.
-        noise_sampler: (sigma, sigma_next) -> z of x's shape and unit variance; None: `ersde.noise.SeededNoise`.
+        noise_sampler: (sigma, sigma_next) -> z of x's shape and unit variance, or a name of `NOISES`; None: "cpu".
         noise_scale: a name of `NOISE_SCALES`, or a callable phi(lambda) on float64 tensors with phi / lambda not falling.
         order: how many evaluations a step interpolates at most, 1 to 5 ("paper" and "comfyui": 1 to 3); "exact" uses less of
             it where it cannot be trusted (`ersde.weights`), and one more in short steps with the corrector.
@@ -123,11 +123,11 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
                          f"with s_noise={s_noise:g}")
     sigmas = torch.as_tensor(sigmas)
     extra_args = {} if extra_args is None else extra_args
-    if noise_sampler is None:
-        seed = extra_args.get("seed")
-        noise_sampler = SeededNoise(x, seed if isinstance(seed, int) else None)
-    if isinstance(noise_sampler, SeededNoise):
-        noise = lambda i: noise_sampler(values[i])      # from numbers: a device tensor would be read back
+    if noise_sampler is None or isinstance(noise_sampler, str):
+        noise_sampler = make_noise("cpu" if noise_sampler is None else noise_sampler, x, extra_args.get("seed"), values)
+    if isinstance(noise_sampler, Noise):
+        ours = noise_sampler.of_member(process, scale, eta)
+        noise = lambda i: ours(values[i], values[i + 1])        # numbers: the schedule may be on a device
     else:
         noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
     shift = None
