@@ -4,6 +4,7 @@
     x = ersde.sample_er_sde(model, x, sigmas, eta=1.0, noise_scale="sde_5")
     x = ersde.sample_er_sde_few_steps(model, x, sigmas)
 """
+from .history import History
 from .noise import NOISES, make_noise
 from .noise_scale import NOISE_SCALES, NoiseScale
 from .presets import PRESETS, Preset, all_presets, get_preset, load_presets, save_preset
@@ -13,5 +14,5 @@ __version__ = "0.1.0"
 
 globals().update(SAMPLERS)
 
-__all__ = ["NOISES", "NOISE_SCALES", "PRESETS", "NoiseScale", "Preset", "all_presets", "get_preset", "load_presets",
-           "make_noise", "sample_er_sde", "sample_preset", "save_preset", *SAMPLERS]
+__all__ = ["History", "NOISES", "NOISE_SCALES", "PRESETS", "NoiseScale", "Preset", "all_presets", "get_preset",
+           "load_presets", "make_noise", "sample_er_sde", "sample_preset", "save_preset", *SAMPLERS]

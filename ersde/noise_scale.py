@@ -21,6 +21,7 @@ Tensor = torch.Tensor
 
 # Stands for lambda = infinity (sigma = 1 of a flow model) where a user's phi is not defined there.
 _LAMBDA_FAR = 1e12
+_BLOCK = 1024       # a multiple of every processor's vectors, too short for torch to share out to threads
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,19 @@ class NoiseScale:
     from_user: bool = False
 
     def log_g(self, lam) -> Tensor:
-        """log g(lambda), float64, of lambda's shape; lambda = inf gives the limit, lambda = 0 counts as 1e-300."""
+        """log g(lambda), float64, of lambda's shape; lambda = inf gives the limit, lambda = 0 counts as 1e-300.
+
+        The same bits for a lambda in any company: parts of a run have the weights of the whole.
+        """
         lam = _cpu(lam)
+        if lam.numel() == 0:
+            return lam.clone()
+        # torch takes whole vectors at a time and the rest one by one, which rounds differently: no rest then.
+        flat = lam.flatten()
+        full = torch.cat((flat, flat[-1:].expand(-len(flat) % _BLOCK)))
+        return torch.cat([self._log_g(block) for block in full.split(_BLOCK)])[:len(flat)].reshape(lam.shape)
+
+    def _log_g(self, lam: Tensor) -> Tensor:
         inner = lam.clamp(min=1e-300, max=self.peak)
         if math.isinf(self.peak):
             inner = torch.where(torch.isinf(lam), torch.full_like(lam, _LAMBDA_FAR), inner)

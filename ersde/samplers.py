@@ -17,6 +17,7 @@ import torch
 
 from . import hosts
 from .errors import check_bool, check_choice, check_int, check_real
+from .history import History
 from .noise import Noise, make_noise
 from .noise_scale import get_noise_scale
 from .presets import PRESETS, Preset, get_preset
@@ -65,7 +66,7 @@ def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None
 @torch.no_grad()
 def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None, callback=None, disable=None, *,
                   noise_sampler=None, process=None, window: Optional[Tuple[float, float]] = None, noise_scale=None,
-                  guidance: Optional[Callable[[], Tensor]] = None):
+                  guidance: Optional[Callable[[], Tensor]] = None, history: Optional[History] = None):
     """Sample with a preset's settings; `sample_er_sde` says what the arguments are.
 
     With `guidance` this is CFG++ (Chung et al., arXiv 2406.08070): the noise direction comes from the unconditional
@@ -82,6 +83,7 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
             start and end, as parts of the model's schedule, read off the host's model.
         noise_scale: a function in place of the preset's, as `sample_er_sde` takes it.
         guidance: () -> D - D_u of the newest model call, of x's shape; asked for once per step, after the call.
+        history: what the run before this one left, so that the two are as one, and where this one leaves the same.
     """
     preset = get_preset(preset)
     if window is None:
@@ -89,11 +91,11 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
             lambda values: hosts.window_sigmas(model, values, preset.start, preset.end)
     return _sample(model, x, sigmas, extra_args, callback, disable, preset.eta, preset.s_noise, noise_sampler,
                    preset.noise_scale if noise_scale is None else noise_scale, preset.order, preset.corrector,
-                   preset.method, process, window, guidance)
+                   preset.method, process, window, guidance, history)
 
 
 def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order, corrector,
-            method, process, window, guidance=None):
+            method, process, window, guidance=None, history=None):
     eta, s_noise = check_real("eta", eta), check_real("s_noise", s_noise)
     scale = get_noise_scale(noise_scale)
     check_choice("method", method, METHODS)
@@ -116,11 +118,6 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         sigmas = torch.as_tensor(sigmas).clone()
         sigmas[0] = start_below_one(values, hosts.first_flow_sigma(model))[0]
         values[0] = float(sigmas[0])        # as it is in the schedule's dtype, which is what the host's sampler sees
-    plan = make_plan(values, process, scale, etas, s_noise, order, corrector, method)
-    widest = torch.finfo(x.dtype).max
-    if max(values.max(), *(step.noise for step in plan.steps)) > widest:
-        raise ValueError(f"x of dtype {x.dtype} holds numbers up to {widest:g}, too few for sigmas up to {values.max():g} "
-                         f"with s_noise={s_noise:g}")
     sigmas = torch.as_tensor(sigmas)
     extra_args = {} if extra_args is None else extra_args
     if noise_sampler is None or isinstance(noise_sampler, str):
@@ -134,7 +131,21 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     if guidance is not None:
         alpha = process.alpha(values).tolist()
         shift = lambda i: guidance() * alpha[i]
-    return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift)
+
+    def make(values, etas, history=()):
+        return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history)
+
+    def go(plan, x, memory=None):
+        widest = torch.finfo(x.dtype).max
+        if max(values.max(), *(step.noise for step in plan.steps)) > widest:
+            raise ValueError(f"x of dtype {x.dtype} holds numbers up to {widest:g}, too few for sigmas up to "
+                             f"{values.max():g} with s_noise={s_noise:g}")
+        return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, memory=memory)
+
+    if history is None:
+        return go(make(values, etas), x)
+    rule = (process.name, noise_scale, order, corrector, method, guidance is None)
+    return history.run(x, values, etas, rule, make, go)
 
 
 def _preset_function(preset: Preset) -> Callable:

@@ -5,14 +5,25 @@ step's extrapolation is a tensor of one number per picture.  The one look at the
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
-from .weights import Plan, Settle, Step
+from .weights import MAX_ORDER, Plan, Settle, Step
 
 Tensor = torch.Tensor
 _TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
+
+
+@dataclass
+class Memory:
+    """What a run knows of the evaluations before a step: the newest, the changes R_0, R_1, ..., and the state without the
+    bend of the step before, where that had one."""
+
+    newest: Optional[Tensor] = None
+    changes: Sequence[Tensor] = ()
+    base: Optional[Tensor] = None
 
 
 def _steps(count: int, disable: Optional[bool]):
@@ -28,7 +39,7 @@ def _steps(count: int, disable: Optional[bool]):
 
 def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[[int], Tensor], extra_args: dict,
         callback: Optional[Callable], disable: Optional[bool], history: Sequence[Tensor] = (),
-        shift: Optional[Callable[[int], Tensor]] = None) -> Tensor:
+        shift: Optional[Callable[[int], Tensor]] = None, memory: Optional[Memory] = None) -> Tensor:
     """Execute `plan` on `model` from the state `x`.
 
     Args:
@@ -38,6 +49,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         history: evaluations made before the first step, newest first.
         shift: step number -> what is added to the state before the step, once its evaluation is made; the last step returns
             the evaluation and asks for none.
+        memory: in place of `history`, what the run before this one left; what this one leaves, once it has ended well.
 
     Raises:
         FloatingPointError: the result is not finite; names the first step whose evaluation was not.
@@ -46,19 +58,19 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     at = list(sigmas.unbind())
     # One contiguous copy of the schedule per batch item in x's dtype, so that a step makes no tensor of its own for it.
     for_model = sigmas.to(x.dtype).to(x.device)[:, None].repeat(1, x.shape[0]).unbind()
-    newest = history[0] if history else None
-    changes: List[Tensor] = [new - old for new, old in zip(history, history[1:])]
+    known = memory or Memory(history[0] if history else None, [new - old for new, old in zip(history, history[1:])])
+    newest, changes, base = known.newest, list(known.changes), known.base
+    kept = plan.history if memory is None else MAX_ORDER + 1
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
-    base = None                 # the state without the bend of the step before, where that had one
     one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for i in _steps(count, disable):
         denoised = model(x, for_model[i], **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
-        if newest is not None and plan.history:
+        if newest is not None and kept:
             changes.insert(0, denoised - newest)
-            del changes[plan.history:]
+            del changes[kept:]
         newest = denoised
         step = plan.steps[i]
         if step.bend:
@@ -83,6 +95,8 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             base = x
             x = _bent(x, changes, step.bend, trust)
     _check_finite(x, sums, plan)
+    if memory is not None:
+        memory.newest, memory.changes, memory.base = newest, changes, base
     return x
 
 
