@@ -21,7 +21,8 @@ Tensor = torch.Tensor
 
 # Stands for lambda = infinity (sigma = 1 of a flow model) where a user's phi is not defined there.
 _LAMBDA_FAR = 1e12
-_BLOCK = 1024       # a multiple of every processor's vectors, too short for torch to share out to threads
+_VECTORS = 64       # a multiple of what any processor's vector loops take at a time
+_BLOCK = 1 << 15    # the most that torch does not share out to threads
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,15 @@ class NoiseScale:
 
         The same bits for a lambda in any company: parts of a run have the weights of the whole.
         """
-        lam = _cpu(lam)
-        if lam.numel() == 0:
-            return lam.clone()
+        lam = _cpu(lam).detach().numpy()
+        far = np.isinf(lam) & math.isinf(self.peak)
+        inner = np.where(far, _LAMBDA_FAR, np.clip(lam, 1e-300, self.peak)).ravel()
         # torch takes whole vectors at a time and the rest one by one, which rounds differently: no rest then.
-        flat = lam.flatten()
-        full = torch.cat((flat, flat[-1:].expand(-len(flat) % _BLOCK)))
-        return torch.cat([self._log_g(block) for block in full.split(_BLOCK)])[:len(flat)].reshape(lam.shape)
-
-    def _log_g(self, lam: Tensor) -> Tensor:
-        inner = lam.clamp(min=1e-300, max=self.peak)
-        if math.isinf(self.peak):
-            inner = torch.where(torch.isinf(lam), torch.full_like(lam, _LAMBDA_FAR), inner)
-        out = _cpu(self.log_g_fn(inner))
-        if math.isinf(self.peak):
-            out = torch.where(torch.isinf(lam), _cpu(self.log_g_far), out)
-        return out
+        inner = torch.from_numpy(np.pad(inner, (0, -len(inner) % _VECTORS), mode="edge" if len(inner) else "constant"))
+        out = np.empty(len(inner))
+        for start in range(0, len(inner), _BLOCK):
+            out[start:start + _BLOCK] = _cpu(self.log_g_fn(inner[start:start + _BLOCK])).detach().numpy()
+        return torch.from_numpy(np.where(far, self.log_g_far, out[:lam.size].reshape(lam.shape)))
 
     def phi(self, lam, eta: float = 1.0) -> Tensor:
         """phi_eta(lambda) = lambda * g(lambda)^eta, float64, of lambda's shape."""
