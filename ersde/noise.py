@@ -37,7 +37,7 @@ from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple,
 import numpy as np
 import torch
 
-from .errors import check_choice
+from .errors import check_choice, check_eta, check_state, shown
 from .noise_scale import NoiseScale, get_noise_scale
 from .process import Process, get_process
 
@@ -64,7 +64,10 @@ def step_key(sigma) -> int:
 
     By its sigma rather than its number, so that a run that is split, or starts in the middle, draws the same noise.
     """
-    return struct.unpack("<I", struct.pack("<f", float(sigma)))[0]
+    try:
+        return struct.unpack("<I", struct.pack("<f", float(sigma)))[0]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"sigma must be a number that float32 can hold, got {shown(sigma)}") from None
 
 
 def philox_normal(seed: int, image: int, step: int, count: int) -> np.ndarray:
@@ -196,6 +199,7 @@ class Noise:
     """
 
     def __init__(self, x: Tensor, seed: Seed = None, images: Optional[Sequence[int]] = None):
+        check_state(x)
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         batch = self.shape[0]
         seed, images = (v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v for v in (seed, images))
@@ -222,7 +226,7 @@ def _integers(name: str, values, count: int) -> List[int]:
         values = [values]
     for value in values:
         if not isinstance(value, Integral) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, or one for each image, got {value!r}")
+            raise TypeError(f"{name} must be an integer, or one for each image, got {shown(value)}")
     if len(values) != count:
         raise ValueError(f"{name} must have one integer for each of {count} images, got {len(values)}")
     return [int(value) for value in values]
@@ -307,7 +311,7 @@ class BrownianNoise(DeviceNoise):
     def __init__(self, x: Tensor, seed: Seed = None, images: Optional[Sequence[int]] = None, process="ve",
                  noise_scale="sde", eta: float = 1.0):
         super().__init__(x, seed, images)
-        self.process, self.noise_scale, self.eta = get_process(process), get_noise_scale(noise_scale), eta
+        self.process, self.noise_scale, self.eta = get_process(process), get_noise_scale(noise_scale), check_eta(eta)
 
     def of_member(self, process: Process, noise_scale: NoiseScale, eta: float) -> "BrownianNoise":
         out = copy.copy(self)

@@ -15,7 +15,7 @@ from typing import Callable, Iterable, List, Mapping, Optional, Tuple, Union
 import numpy as np
 import torch
 
-from .errors import check_choice
+from .errors import check_choice, check_eta, shown
 
 Tensor = torch.Tensor
 
@@ -54,6 +54,8 @@ class NoiseScale:
         The same bits for a lambda in any company: parts of a run have the weights of the whole.
         """
         lam = _cpu(lam).detach().numpy()
+        if not (lam >= 0).all():
+            raise ValueError(f"lambda must be at least 0, got {lam[~(lam >= 0)].flat[0]}")
         far = np.isinf(lam) & math.isinf(self.peak)
         inner = np.where(far, _LAMBDA_FAR, np.clip(lam, 1e-300, self.peak)).ravel()
         # torch takes whole vectors at a time and the rest one by one, which rounds differently: no rest then.
@@ -65,7 +67,7 @@ class NoiseScale:
 
     def phi(self, lam, eta: float = 1.0) -> Tensor:
         """phi_eta(lambda) = lambda * g(lambda)^eta, float64, of lambda's shape."""
-        lam = _cpu(lam)
+        lam, eta = _cpu(lam), check_eta(eta)
         return lam * (eta * self.log_g(lam)).exp() if eta else lam.clone()
 
     def __call__(self, lam) -> Tensor:
@@ -74,8 +76,13 @@ class NoiseScale:
 
 
 def _cpu(values) -> Tensor:
-    """`values` as float64 on the CPU, whatever torch's default device is."""
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    """`values` as float64 on the CPU, whatever torch's default device is; TypeError if they are not real numbers."""
+    try:
+        if not (values.is_complex() if isinstance(values, Tensor) else np.iscomplexobj(values)):
+            return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise TypeError(f"lambda must be real numbers, got {shown(values)}")
 
 
 def _power(name: str, formula: str, q: float) -> NoiseScale:
@@ -135,9 +142,9 @@ def from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScale:
 
     def log_g(lam: Tensor) -> Tensor:
         value = phi(lam)
-        if not isinstance(value, Tensor) or value.shape != lam.shape:
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"noise_scale {name!r}: phi(lambda) must return a tensor of lambda's shape "
+        if not isinstance(value, Tensor) or value.shape != lam.shape or not value.is_floating_point():
+            got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"noise_scale {name!r}: phi(lambda) must return a floating point tensor of lambda's shape "
                             f"{tuple(lam.shape)}, got {got}")
         value = _cpu(value)
         positive = lam > 0
@@ -259,4 +266,4 @@ def get_noise_scale(noise_scale: Union[str, NoiseScale, Callable]) -> NoiseScale
     if callable(noise_scale):
         return from_callable(noise_scale)
     raise TypeError(f"noise_scale must be one of {', '.join(NOISE_SCALES)} or a callable phi(lambda), "
-                    f"got {noise_scale!r}")
+                    f"got {shown(noise_scale)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Dict, List, Mapping, Tuple
 
-from .errors import check_bool, check_choice, check_int, check_real
+from .errors import check_bool, check_choice, check_eta, check_int, check_real, shown
 from .noise_scale import NOISE_SCALES
 from .weights import METHODS
 
@@ -55,10 +55,10 @@ class Preset:
         put = lambda field, value: object.__setattr__(self, field, value)
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError("name must be 1 to 64 letters, digits, spaces or any of _ . ( ) + -, and begin with a letter "
-                             f"or digit, got {self.name!r}")
+                             f"or digit, got {shown(self.name)}")
         check_choice("noise_scale", self.noise_scale, NOISE_SCALES)
         check_choice("method", self.method, METHODS)
-        put("eta", check_real("eta", self.eta))
+        put("eta", check_eta(self.eta))
         put("s_noise", check_real("s_noise", self.s_noise))
         put("order", check_int("order", self.order, 1, METHODS[self.method]))
         check_bool("corrector", self.corrector)
@@ -68,7 +68,7 @@ class Preset:
             raise ValueError(f"start must not be above end, got start {self.start} and end {self.end}")
         for field in ("label", "description"):
             if not isinstance(getattr(self, field), str):
-                raise TypeError(f"{field} must be a text, got {getattr(self, field)!r}")
+                raise TypeError(f"{field} must be a text, got {shown(getattr(self, field))}")
         put("label", self.label or self.name)
 
     def replace(self, **changes) -> "Preset":
@@ -85,7 +85,7 @@ FIELDS: Tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Preset) if f.
 def check_field(field: str) -> None:
     """TypeError for a name that is no field of a preset."""
     if field != "name" and field not in FIELDS:
-        raise TypeError(f"unknown field {field!r}; a preset has {', '.join(FIELDS)}")
+        raise TypeError(f"unknown field {shown(field)}; a preset has {', '.join(FIELDS)}")
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (
@@ -133,7 +133,7 @@ def _no_duplicates(pairs: List[Tuple[str, object]]) -> Dict[str, object]:
     out: Dict[str, object] = {}
     for key, value in pairs:
         if key in out:
-            raise ValueError(f"the key {key!r} stands twice")
+            raise ValueError(f"the key {shown(key)} stands twice")
         out[key] = value
     return out
 
@@ -219,7 +219,7 @@ def all_presets() -> Tuple[Mapping[str, Preset], List[str]]:
 
 def _from_dict(name: str, fields) -> Preset:
     if not isinstance(fields, dict):
-        raise TypeError(f"a preset must be an object {{field: value}}, got {fields!r}")
+        raise TypeError(f"a preset must be an object {{field: value}}, got {shown(fields)}")
     if name in PRESETS:
         raise ValueError("the name belongs to a built-in preset")
     for field in fields:

@@ -11,7 +11,10 @@ from typing import Callable, Mapping
 import numpy as np
 import torch
 
-from .errors import check_choice
+from .errors import check_choice, shown
+
+SMALLEST, LARGEST = 1e-38, 1e38
+"""The range of a positive sigma: float32's, and powers of it up to the order stay within float64's."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def check_sigmas(sigmas, process: Process) -> np.ndarray:
 
     Raises:
         TypeError: not a tensor (or array or list) of real numbers.
-        ValueError: not 1-D, not finite, negative, above sigma = 1 of a flow model, falling in one place and rising in
-            another, or rising from 0, where there is no noise direction to follow.
+        ValueError: not 1-D, not finite, negative, out of float32's range, above sigma = 1 of a flow model, falling in one
+            place and rising in another, or rising from 0, where there is no noise direction to follow.
     """
     if isinstance(sigmas, torch.Tensor):
         if sigmas.is_complex() or sigmas.dtype == torch.bool:
@@ -70,9 +73,12 @@ def check_sigmas(sigmas, process: Process) -> np.ndarray:
         values = sigmas.detach().cpu().to(torch.float64).numpy()
     else:
         try:
-            values = np.asarray(sigmas, dtype=np.float64)
+            values = np.asarray(sigmas)
         except (TypeError, ValueError):
-            raise TypeError(f"sigmas must be a 1-D tensor of real numbers, got {type(sigmas).__name__}") from None
+            values = np.empty(0, dtype=object)
+        if values.dtype.kind not in "iuf":      # nor texts, truth values, complex numbers, which a cast would take for reals
+            raise TypeError(f"sigmas must be a 1-D tensor of real numbers, got {type(sigmas).__name__} {shown(sigmas)}")
+        values = values.astype(np.float64)
     if values.ndim != 1:
         raise ValueError(f"sigmas must be 1-D, of shape (steps + 1,), got shape {tuple(values.shape)}")
     if not np.isfinite(values).all():
@@ -81,6 +87,9 @@ def check_sigmas(sigmas, process: Process) -> np.ndarray:
     if (values < 0).any():
         at = int(np.flatnonzero(values < 0)[0])
         raise ValueError(f"sigmas must not be negative, got {values[at]:.6g} at index {at}")
+    if ((values > 0) & ((values < SMALLEST) | (values > LARGEST))).any():
+        at = int(np.flatnonzero((values > 0) & ((values < SMALLEST) | (values > LARGEST)))[0])
+        raise ValueError(f"sigmas must be 0 or between {SMALLEST:g} and {LARGEST:g}, got {values[at]:.6g} at index {at}")
     # A host's shift in float32 can leave sigma = 1 a rounding higher (1.0000001 at shift 1.32).
     values = np.where(values <= process.sigma_max * (1.0 + 1e-6), np.minimum(values, process.sigma_max), values)
     if (values > process.sigma_max).any():

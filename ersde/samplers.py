@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import hosts
-from .errors import check_bool, check_choice, check_int, check_real
+from .errors import check_bool, check_callable, check_choice, check_eta, check_int, check_real, check_state, shown
 from .history import History
 from .noise import Noise, make_noise
 from .noise_scale import get_noise_scale
@@ -96,15 +96,20 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
 
 def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order, corrector,
             method, process, window, guidance=None, history=None):
-    eta, s_noise = check_real("eta", eta), check_real("s_noise", s_noise)
+    eta, s_noise = check_eta(eta), check_real("s_noise", s_noise)
     scale = get_noise_scale(noise_scale)
     check_choice("method", method, METHODS)
     order = check_int("order", order, 1, METHODS[method])
     check_bool("corrector", corrector)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.ndim == 0:
-        raise ValueError("x must have a batch dimension, got a tensor of shape ()")
+    check_callable("model", model)
+    check_callable("callback", callback, optional=True)
+    if not isinstance(noise_sampler, str):
+        check_callable("noise_sampler", noise_sampler, optional=True)
+    if history is not None and not isinstance(history, History):
+        raise TypeError(f"history must be an ersde.History or None, got {shown(history)}")
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise TypeError(f"extra_args must be a dict of keyword arguments, got {shown(extra_args)}")
+    check_state(x)
     process = get_process(hosts.read_process(model) if process is None else process)
     values = check_sigmas(sigmas, process).copy()
     if len(values) < 2:
@@ -112,7 +117,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     if values[-1] > values[0] and eta != 0 and scale.power != 0:
         raise ValueError("sigmas that rise (inversion) need the ODE: eta=0 or noise_scale='ode', got "
                          f"eta={eta} and noise_scale={scale.name!r}")
-    start, end = window(values) if callable(window) else window
+    start, end = window(values) if callable(window) else _checked_window(window)
     etas = np.where((values[:-1] <= start) & (values[:-1] > end), eta, 0.0)
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
         sigmas = torch.as_tensor(sigmas).clone()
@@ -136,16 +141,29 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history)
 
     def go(plan, x, memory=None):
-        widest = torch.finfo(x.dtype).max
+        widest, least = torch.finfo(x.dtype).max, values[values > 0].min()
         if max(values.max(), *(step.noise for step in plan.steps)) > widest:
             raise ValueError(f"x of dtype {x.dtype} holds numbers up to {widest:g}, too few for sigmas up to "
                              f"{values.max():g} with s_noise={s_noise:g}")
+        if not torch.tensor(least, dtype=x.dtype, device="cpu"):
+            raise ValueError(f"x of dtype {x.dtype} takes the sigma {least:g} for 0: use float32, or end the schedule earlier")
         return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, memory=memory)
 
     if history is None:
         return go(make(values, etas), x)
     rule = (process.name, noise_scale, order, corrector, method, guidance is None)
     return history.run(x, values, etas, rule, make, go)
+
+
+def _checked_window(window) -> Tuple[float, float]:
+    try:
+        start, end = (check_real("window", sigma) if sigma != np.inf else np.inf for sigma in window)
+    except (TypeError, ValueError):
+        raise TypeError("window must be two sigmas (start, end), numbers of at least 0 of which start may be infinite, "
+                        f"got {shown(window)}") from None
+    if start < end:
+        raise ValueError(f"window must be two sigmas (start, end) of which start is not below end, got {shown(window)}")
+    return start, end
 
 
 def _preset_function(preset: Preset) -> Callable:

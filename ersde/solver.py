@@ -10,6 +10,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 
+from .errors import check_tensor_like
 from .weights import MAX_ORDER, Plan, Settle, Step
 
 Tensor = torch.Tensor
@@ -52,9 +53,10 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         memory: in place of `history`, what the run before this one left; what this one leaves, once it has ended well.
 
     Raises:
+        TypeError, ValueError: the model or the noise did not return a floating point tensor like x; names the step.
         FloatingPointError: the result is not finite; names the first step whose evaluation was not.
     """
-    count = len(plan.steps)
+    count, start = len(plan.steps), x
     at = list(sigmas.unbind())
     # One contiguous copy of the schedule per batch item in x's dtype, so that a step makes no tensor of its own for it.
     for_model = sigmas.to(x.dtype).to(x.device)[:, None].repeat(1, x.shape[0]).unbind()
@@ -66,6 +68,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for i in _steps(count, disable):
         denoised = model(x, for_model[i], **extra_args)
+        check_tensor_like(f"what the model returns (step {i}, sigma = {plan.sigmas[i]:.6g})", denoised, x)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
         if newest is not None and kept:
@@ -89,12 +92,14 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         for change, weight in zip(changes, step.changes):
             x.add_(change, alpha=weight)
         if step.noise != 0.0:
-            x.add_(noise(i), alpha=step.noise)
+            z = noise(i)
+            check_tensor_like(f"what noise_sampler returns (step {i})", z, x)
+            x.add_(z, alpha=step.noise)
         base = None
         if step.bend:
             base = x
             x = _bent(x, changes, step.bend, trust)
-    _check_finite(x, sums, plan)
+    _check_finite(x, sums, plan, start)
     if memory is not None:
         memory.newest, memory.changes, memory.base = newest, changes, base
     return x
@@ -152,10 +157,12 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
     return torch.addcmul(denoised, found, gain.to(denoised.dtype)).to(x.dtype)
 
 
-def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan) -> None:
+def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan, start: Tensor) -> None:
     """The one look at the device, after the last step; only a bad result makes a second one, to name the first cause."""
     if x.isfinite().all().cpu().numpy():
         return
+    if not start.isfinite().all().cpu().numpy():
+        raise FloatingPointError(f"x was not finite at the start, sigma = {plan.sigmas[0]:.6g}")
     bad = torch.stack([~s.isfinite().all() for s in sums]).cpu().numpy()
     if bad.any():
         i = int(bad.argmax())
