@@ -1,11 +1,15 @@
 """Presets: named settings that mean the same in every host, built in or from a user's JSON file."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-import tempfile
+import secrets
+import shutil
+import threading
+import unicodedata
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Dict, List, Mapping, Tuple
@@ -15,6 +19,8 @@ from .noise_scale import NOISE_SCALES
 from .weights import METHODS
 
 _FILE_LIMIT = 1 << 20       # bytes; a preset is a few hundred
+_LENGTHS = {"label": 100, "description": 1000}
+_SAVING = threading.Lock()      # a save reads the file and writes it again: one at a time in a process
 _NAME = re.compile(r"[^\W_][\w .()+-]{0,63}")
 
 
@@ -66,9 +72,14 @@ class Preset:
         put("end", check_real("end", self.end, 0.0, 1.0))
         if self.start > self.end:
             raise ValueError(f"start must not be above end, got start {self.start} and end {self.end}")
-        for field in ("label", "description"):
-            if not isinstance(getattr(self, field), str):
-                raise TypeError(f"{field} must be a text, got {shown(getattr(self, field))}")
+        for field, length in _LENGTHS.items():
+            text = getattr(self, field)
+            if not isinstance(text, str):
+                raise TypeError(f"{field} must be a text, got {shown(text)}")
+            # What a list or a log cannot show: control characters, halves of letters, line ends.
+            odd = any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text)
+            if len(text) > length or odd:
+                raise ValueError(f"{field} must be one line of at most {length} letters, got {shown(text)}")
         put("label", self.label or self.name)
 
     def replace(self, **changes) -> "Preset":
@@ -186,7 +197,7 @@ def load_presets(path) -> Tuple[Dict[str, Preset], List[str]]:
         try:
             good[name] = _from_dict(name, fields)
         except (TypeError, ValueError) as error:
-            problems += [f"{path}: preset {name!r}: {reason}" for reason in _field_problems(name, fields) or [error]]
+            problems += [f"{path}: preset {shown(name)}: {reason}" for reason in _field_problems(name, fields) or [error]]
     return good, problems
 
 
@@ -246,27 +257,43 @@ def save_preset(path, preset: Preset) -> None:
     """Add `preset` to a user's JSON file, or change it there; the file is replaced as a whole or not at all.
 
     Raises:
-        ValueError: the name is a built-in one, or the file there is broken (it is left as it is, for its owner to mend).
+        TypeError: not a preset.
+        ValueError: the name is a built-in one, the file there is broken (it is left as it is, for its owner to mend), or it
+            would get too large to be read again.
+        OSError: the file cannot be read or written.
     """
+    if not isinstance(preset, Preset):
+        raise TypeError(f"preset must be a Preset, got {shown(preset)}")
     path = os.path.realpath(os.fspath(path))
     if preset.name in PRESETS:
         raise ValueError(f"name must not be that of a built-in preset, got {preset.name!r}")
+    with _SAVING:
+        try:
+            content = _read(path)
+        except FileNotFoundError:
+            content = {}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; nothing was written") from None
+        content[preset.name] = to_dict(preset)
+        _replace(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _replace(path: str, data: bytes) -> None:
+    """Put `data` in place of the file at once, with the mode it has, by way of a new file beside it."""
+    if len(data) > _FILE_LIMIT:
+        raise ValueError(f"{path}: the file would get larger than {_FILE_LIMIT} bytes; nothing was written")
+    if not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(f"{os.path.dirname(path)}: no such folder; nothing was written")
+    temporary = os.path.join(os.path.dirname(path), f".presets-{secrets.token_hex(8)}.tmp")
     try:
-        content = _read(path)
-    except FileNotFoundError:
-        content = {}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; nothing was written") from None
-    content[preset.name] = to_dict(preset)
-    folder = os.path.dirname(path)
-    handle, temporary = tempfile.mkstemp(prefix=".presets-", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+        with open(temporary, "xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if os.path.exists(path):
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise

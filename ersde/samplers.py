@@ -146,7 +146,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
             raise ValueError(f"x of dtype {x.dtype} holds numbers up to {widest:g}, too few for sigmas up to "
                              f"{values.max():g} with s_noise={s_noise:g}")
         if not torch.tensor(least, dtype=x.dtype, device="cpu"):
-            raise ValueError(f"x of dtype {x.dtype} takes the sigma {least:g} for 0: use float32, or end the schedule earlier")
+            raise ValueError(f"x of dtype {x.dtype} takes sigma {least:g} for 0: use float32, or end the schedule earlier")
         return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, memory=memory)
 
     if history is None:

@@ -146,7 +146,8 @@ def test_one_step_and_thousands(steps, process, end):
                         if name not in ("disable",)]), ANYTHING)
 def test_any_value_in_place_of_an_argument(name, value):
     x = torch.full((2, 4), 9.0)
-    arguments = {"model": lambda x, sigma, **_: 0.5 * x, "x": x, "sigmas": torch.tensor([10.0, 3.0, 0.0]), "disable": True, name: value}
+    arguments = {"model": lambda x, sigma, **_: 0.5 * x, "x": x, "sigmas": torch.tensor([10.0, 3.0, 0.0]), "disable": True}
+    arguments[name] = value
     out = refused(lambda: ersde.sample_er_sde(**arguments))
     assert (x == 9.0).all()
     assert out is None or name == "x" or torch.isfinite(out).all() and out.shape == x.shape
@@ -344,10 +345,11 @@ def test_arguments_are_left_as_they_were():
 
 
 def test_a_dtype_too_narrow_for_the_schedule_is_named():
-    for sigma, words in ((1e5, "holds numbers up to 65504"), (1e-9, "takes the sigma 1e-09 for 0")):
+    for sigma, words in ((1e5, "holds numbers up to 65504"), (1e-9, "takes sigma 1e-09 for 0")):
         for dtype, fits in ((torch.float16, False), (torch.bfloat16, True), (torch.float32, True)):
             sigmas = torch.tensor(sorted((1.0, sigma), reverse=True) + [0.0])
-            call = lambda: ersde.sample_er_sde(gaussian(0.0), torch.ones(1, 4, dtype=dtype), sigmas, {"seed": 1}, disable=True)
+            x = torch.ones(1, 4, dtype=dtype)
+            call = lambda: ersde.sample_er_sde(gaussian(0.0), x, sigmas, {"seed": 1}, disable=True)
             if fits:
                 assert torch.isfinite(call()).all()
             else:
@@ -396,9 +398,9 @@ def test_any_noise_scale_of_a_users_own(what, value):
     lambda lam: lam * math.nan, lambda lam: lam * 0, lambda lam: -lam, lambda lam: lam ** 0.5, lambda lam: lam.long(),
     lambda lam: lam[..., :1], lambda lam: lam + 0j, lambda lam: lam > 1, lambda lam: torch.where(lam > 3, math.nan, lam)])
 def test_a_noise_scale_that_is_none(phi):
-    model = gaussian()
+    model, sigmas = gaussian(), torch.tensor([9.0, 3.0, 1.0, 0.0])
     with pytest.raises((TypeError, ValueError), match="noise_scale"), clean():
-        ersde.sample_er_sde(model, torch.full((2, 4), 9.0), torch.tensor([9.0, 3.0, 1.0, 0.0]), disable=True, noise_scale=phi)
+        ersde.sample_er_sde(model, torch.full((2, 4), 9.0), sigmas, disable=True, noise_scale=phi)
     assert model.calls == 0
 
 
