@@ -91,12 +91,8 @@ def check_state(x) -> torch.Tensor:
     return x
 
 
-def check_tensor_like(name: str, value, x) -> None:
-    """`value` must be a floating point tensor of x's shape on x's device; its dtype may be another.
-
-    Raises:
-        TypeError, ValueError: it is not; names it, what it is and what x is.
-    """
+def check_tensor_like(name: str, value, x) -> torch.Tensor:
+    """`value` if it is a dense floating point tensor of x's shape on x's device; TypeError or ValueError otherwise."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point() or value.layout != torch.strided:
@@ -105,3 +101,4 @@ def check_tensor_like(name: str, value, x) -> None:
         raise ValueError(f"{name} must have x's shape {tuple(x.shape)}, got {tuple(value.shape)}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+    return value

@@ -13,17 +13,16 @@ from .weights import Plan
 
 Tensor = torch.Tensor
 
-_NEAR = 1e-3        # of the state's norm: what casts and scalings between two runs may change
+_NEAR = 2e-3        # of the state's norm: what casts, to bfloat16 too, and scalings between two runs may change
 
 
 @dataclass(frozen=True)
 class _Past:
-    """The steps so far: sigmas with the one reached, the eta of each, the state there, the run's memory, and what else
-    the weights depend on (`rule`, whose first entry is the name of the process)."""
+    """The steps so far: sigmas with the one reached, the eta of each, the run's memory, and what else the weights depend on
+    (`rule`, whose first entry is the name of the process)."""
 
     sigmas: np.ndarray
     etas: np.ndarray
-    x: Tensor
     memory: Memory
     rule: Tuple
 
@@ -36,7 +35,7 @@ class History:
         x = ersde.sample_preset(model, x, sigmas[10:], preset, history=history)
 
     is one run over `sigmas`, bit for bit, with the noise kinds of `NOISES` and the same seed.  A run goes on from the
-    history if it starts at the sigma and from the state that the one before it ended at, up to casts and scalings (0.1 %); a
+    history if it starts at the sigma and from the state that the one before it ended at, up to casts and scalings (0.2 %); a
     state that was changed in between, as by a mask or by new noise, makes it start anew.  With another noise scale, order,
     corrector or method it goes on from the evaluations, but corrects none of the steps before.  A run that ends well leaves
     its own steps here, one that fails or is interrupted leaves all as it was, and one that ends at sigma = 0 leaves nothing.
@@ -53,10 +52,11 @@ class History:
     def _before(self, x: Tensor, sigmas: np.ndarray, process: str):
         """The steps that a run from x over `sigmas` goes on from, or None.  Reads one number from the device."""
         past = self._past
-        if past is None or past.rule[0] != process or past.sigmas[-1] != sigmas[0] or past.x.shape != x.shape or \
+        if past is None or past.rule[0] != process or past.sigmas[-1] != sigmas[0] or \
+                past.memory.x.shape != x.shape or \
                 (past.sigmas[0] - past.sigmas[-1]) * (sigmas[0] - sigmas[-1]) < 0:
             return None
-        old, new = (one.detach().to(x.device, torch.promote_types(one.dtype, torch.float32)) for one in (past.x, x))
+        old, new = past.memory.x.to(x).double(), x.detach().double()
         return past if (new - old).norm() <= _NEAR * old.norm() else None
 
     def run(self, x: Tensor, sigmas: np.ndarray, etas: np.ndarray, rule: Tuple, make: Callable[..., Plan],
@@ -66,9 +66,9 @@ class History:
         if past is None:
             plan = make(sigmas, etas)
         else:
-            known = past.memory
-            x, memory = past.x.to(x), Memory(known.newest.to(x.device), [change.to(x.device) for change in known.changes],
-                                             None if known.base is None else known.base.to(x))
+            known, like = past.memory, x.to(torch.promote_types(x.dtype, torch.float32))
+            memory = Memory(known.x.to(like), known.newest.to(x.device), [change.to(x.device) for change in known.changes],
+                            None if known.base is None else known.base.to(like))
             done = len(past.etas)
             whole = np.concatenate((past.sigmas[:-1], sigmas)), np.concatenate((past.etas, etas))
             if past.rule == rule:
@@ -78,5 +78,6 @@ class History:
                 plan = make(sigmas, etas, history=past.sigmas[-2::-1][:1 + len(memory.changes)])
             sigmas, etas = whole
         x = go(plan, x, memory)
-        self._past = _Past(sigmas, etas, x.clone(), memory, rule) if sigmas[-1] > 0 else None
+        memory.x = memory.x.clone()         # the caller may write to what it gets
+        self._past = _Past(sigmas, etas, memory, rule) if sigmas[-1] > 0 else None
         return x

@@ -141,11 +141,11 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history)
 
     def go(plan, x, memory=None):
-        widest, least = torch.finfo(x.dtype).max, values[values > 0].min()
-        if max(values.max(), *(step.noise for step in plan.steps)) > widest:
-            raise ValueError(f"x of dtype {x.dtype} holds numbers up to {widest:g}, too few for sigmas up to "
+        holds, least = torch.finfo(x.dtype), values[values > 0].min()
+        if max(values.max(), *(step.noise for step in plan.steps)) > holds.max:
+            raise ValueError(f"x of dtype {x.dtype} holds numbers up to {holds.max:g}, too few for sigmas up to "
                              f"{values.max():g} with s_noise={s_noise:g}")
-        if not torch.tensor(least, dtype=x.dtype, device="cpu"):
+        if least <= 0.5 * holds.tiny * holds.eps:
             raise ValueError(f"x of dtype {x.dtype} takes sigma {least:g} for 0: use float32, or end the schedule earlier")
         return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, memory=memory)
 

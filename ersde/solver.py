@@ -14,14 +14,16 @@ from .errors import check_tensor_like
 from .weights import MAX_ORDER, Plan, Settle, Step
 
 Tensor = torch.Tensor
+_HALF = (torch.float16, torch.bfloat16)
 _TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
 
 
 @dataclass
 class Memory:
-    """What a run knows of the evaluations before a step: the newest, the changes R_0, R_1, ..., and the state without the
-    bend of the step before, where that had one."""
+    """What a run knows before a step: the state as it is computed, the newest evaluation, the changes R_0, R_1, ..., and the
+    state without the bend of the step before, where that had one."""
 
+    x: Optional[Tensor] = None
     newest: Optional[Tensor] = None
     changes: Sequence[Tensor] = ()
     base: Optional[Tensor] = None
@@ -43,6 +45,9 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         shift: Optional[Callable[[int], Tensor]] = None, memory: Optional[Memory] = None) -> Tensor:
     """Execute `plan` on `model` from the state `x`.
 
+    A state of half precision is kept in float32 between the model calls: rounded at every step, as often as there are
+    steps, its error would grow with their number.
+
     Args:
         x: the state at sigmas[0], any shape (batch, ...); never written to.
         sigmas: the schedule as the host gave it: what the callback sees.
@@ -60,17 +65,20 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     at = list(sigmas.unbind())
     # One contiguous copy of the schedule per batch item in x's dtype, so that a step makes no tensor of its own for it.
     for_model = sigmas.to(x.dtype).to(x.device)[:, None].repeat(1, x.shape[0]).unbind()
-    known = memory or Memory(history[0] if history else None, [new - old for new, old in zip(history, history[1:])])
-    newest, changes, base = known.newest, list(known.changes), known.base
+    narrow = x.dtype if x.dtype in _HALF else None
+    x = x if narrow is None else x.float()
+    known = memory or Memory(newest=history[0] if history else None, changes=[a - b for a, b in zip(history, history[1:])])
+    x, newest, changes, base = x if known.x is None else known.x, known.newest, list(known.changes), known.base
     kept = plan.history if memory is None else MAX_ORDER + 1
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
-    one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    one = torch.ones((), dtype=x.dtype, device=x.device)
     for i in _steps(count, disable):
-        denoised = model(x, for_model[i], **extra_args)
-        check_tensor_like(f"what the model returns (step {i}, sigma = {plan.sigmas[i]:.6g})", denoised, x)
+        seen = x if narrow is None else x.to(narrow)
+        denoised = check_tensor_like(f"what the model returns (step {i}, sigma = {plan.sigmas[i]:.6g})",
+                                     model(seen, for_model[i], **extra_args), x)
         if callback is not None:
-            callback({"x": x, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
+            callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
         if newest is not None and kept:
             changes.insert(0, denoised - newest)
             del changes[kept:]
@@ -92,22 +100,21 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         for change, weight in zip(changes, step.changes):
             x.add_(change, alpha=weight)
         if step.noise != 0.0:
-            z = noise(i)
-            check_tensor_like(f"what noise_sampler returns (step {i})", z, x)
-            x.add_(z, alpha=step.noise)
+            x.add_(check_tensor_like(f"what noise_sampler returns (step {i})", noise(i), x), alpha=step.noise)
         base = None
         if step.bend:
             base = x
             x = _bent(x, changes, step.bend, trust)
-    _check_finite(x, sums, plan, start)
+    out = x if narrow is None else x.to(narrow)
+    _check_finite(out, sums, plan, start)
     if memory is not None:
-        memory.newest, memory.changes, memory.base = newest, changes, base
-    return x
+        memory.x, memory.newest, memory.changes, memory.base = x, newest, changes, base
+    return out
 
 
 def _norm(x: Tensor) -> Tensor:
     """Euclidean norm of each picture, float32 or wider, shape (batch, 1, ...)."""
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+    wide = torch.float32 if x.dtype in _HALF else None
     if x.ndim == 1:
         return x.abs() if wide is None else x.abs().to(wide)
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True, dtype=wide)

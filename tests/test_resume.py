@@ -194,3 +194,13 @@ def test_the_first_part_is_the_whole_runs_beginning():
     for cut in (1, 5):
         assert torch.equal(sample(model, x, sigmas[:cut + 1], "sde", history=history), seen[cut])
     assert sample(model, x, sigmas[:1], "sde", history=history) is x and history
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_dtype_in_parts_is_the_whole(dtype):
+    """The state of a half precision run goes on in the float32 that it is computed in."""
+    model, x, sigmas = problem("ve")
+    for preset in ("sde_5", "few_steps", "comfyui"):
+        whole = sample(model, x.to(dtype), sigmas, preset)
+        assert whole.dtype == dtype
+        assert torch.equal(in_parts(model, x.to(dtype), sigmas, preset, (2, 4, 7)), whole)
