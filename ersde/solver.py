@@ -79,6 +79,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
                                      model(seen, for_model[i], **extra_args), x)
         if callback is not None:
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
+        del seen                # or the old state would outlive the new one
         if newest is not None and kept:
             changes.insert(0, denoised - newest)
             del changes[kept:]
