@@ -174,7 +174,8 @@ def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan, start: Tensor) 
     bad = torch.stack([~s.isfinite().all() for s in sums]).cpu().numpy()
     if bad.any():
         i = int(bad.argmax())
-        cause = " (its own doing, or the noise of the step before was not finite)" if i else ""
+        narrow = f", or {x.dtype} too narrow for the state" if x.dtype in _HALF else ""
+        cause = f" (its own doing, or the noise of the step before was not finite{narrow})" if i else ""
         raise FloatingPointError(f"the model returned NaN or infinity at step {i} of {len(sums)}, counted from 0, "
                                  f"sigma = {plan.sigmas[i]:.6g}{cause}")
     raise FloatingPointError(f"the state became NaN or infinite although every evaluation was finite: the noise of the "
