@@ -201,6 +201,46 @@ def preview(model: Denoiser, path: Path, seed: int = 1) -> None:
     Image.fromarray(page).resize((page.shape[1] * 3, page.shape[0] * 3), Image.Resampling.NEAREST).save(path)
 
 
+def _without_tensors(tree, tensors: Dict[str, Tensor]):
+    """`tree` in JSON's terms, its tensors moved to `tensors` under the names that stand in their place."""
+    if isinstance(tree, Tensor):
+        name = f"{len(tensors):05d}"
+        tensors[name] = tree.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _without_tensors(value, tensors)] for key, value in tree.items()]}
+    return [_without_tensors(value, tensors) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _with_tensors(tree, tensors: Dict[str, Tensor]):
+    if isinstance(tree, list):
+        return [_with_tensors(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    return {key: _with_tensors(value, tensors) for key, value in tree["dict"]}
+
+
+def save_state(state: dict, path: Path) -> None:
+    """Write a training's state, tensors in any nesting, as safetensors, whole or not at all; tuples become lists."""
+    from safetensors.torch import save
+
+    tensors: Dict[str, Tensor] = {}
+    tree = _without_tensors(state, tensors)
+    part = path.with_suffix(".part")
+    part.write_bytes(save(tensors, metadata={"state": json.dumps(tree)}))
+    os.replace(part, path)
+
+
+def load_state(path: Path) -> dict:
+    """What `save_state` wrote; its tensors are on the CPU."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return _with_tensors(json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in file.keys()})
+
+
 def train(process: str, options: argparse.Namespace, start: Optional[Path] = None) -> dict:
     """Train one process, or take up its training; returns its record for the model card."""
     from tqdm import tqdm
@@ -212,7 +252,7 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     if start is not None:
         if not start.is_file():
             raise data.DataError(f"flow starts from ve, and there is no {start}: train ve first, or --flow-from nothing")
-        held = torch.load(start, map_location="cpu", weights_only=True)
+        held = load_state(start)
         if held["done"] < held["setting"]["steps"]:
             raise data.DataError(f"flow starts from ve, and {start} is not finished: train ve to its end first")
         model.network.load_state_dict(held["ema"])
@@ -222,11 +262,11 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(options.seed)
     done, spent, mean_loss = 0, 0.0, None
-    state = WORK / f"{process}.pt"
+    state = WORK / f"{process}_state.safetensors"
     setting = {"process": process, "steps": steps, "batch": options.batch, "rate": rate, "seed": options.seed,
                "start": "the weights of ve" if start else "random weights"}
     if state.is_file() and not options.fresh:
-        held = torch.load(state, map_location="cpu", weights_only=True)
+        held = load_state(state)
         if held["setting"] != setting:
             raise data.DataError(f"{state} is of another training ({held['setting']}): --fresh starts over")
         model.network.load_state_dict(held["model"])
@@ -241,11 +281,9 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     def keep() -> None:
         nonlocal spent
         spent = time.monotonic() - begin
-        part = state.with_suffix(".part")
-        torch.save({"setting": setting, "model": model.network.state_dict(), "ema": ema.network.state_dict(),
+        save_state({"setting": setting, "model": model.network.state_dict(), "ema": ema.network.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in both],
-                    "generator": generator.get_state(), "done": done, "seconds": spent, "loss": mean_loss}, part)
-        os.replace(part, state)
+                    "generator": generator.get_state(), "done": done, "seconds": spent, "loss": mean_loss}, state)
         save_model(ema, WORK / f"{process}_latest.safetensors", steps=str(done))
         preview(ema, WORK / f"{process}_{done:06d}.png")
 
@@ -330,7 +368,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     try:
         for process in options.models:
-            train(process, options, WORK / "ve.pt" if process == "flow" and options.flow_from == "ve" else None)
+            from_ve = process == "flow" and options.flow_from == "ve"
+            train(process, options, WORK / "ve_state.safetensors" if from_ve else None)
             card()
     except data.DataError as error:
         print(f"benchmarks.train: {error}", file=sys.stderr)
