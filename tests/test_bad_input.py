@@ -107,14 +107,15 @@ def test_any_schedule(levels, kind, process, preset, dtype):
 
 
 @settings(quick, max_examples=300)
-@given(st.lists(st.floats(1e-4, 1e5), min_size=2, max_size=12), st.booleans(), st.sampled_from(list(NOISE_SCALES)),
-       st.sampled_from(list(METHODS)), st.sampled_from(["ve", "flow"]), st.integers(1, 3), st.booleans(),
-       st.sampled_from([0.0, 0.3, 1.0, 3.0]))
+@given(st.lists(st.one_of(st.floats(1e-4, 1e5), st.floats(1e-38, 1e38)), min_size=2, max_size=12), st.booleans(),
+       st.sampled_from(list(NOISE_SCALES)), st.sampled_from(list(METHODS)), st.sampled_from(["ve", "flow"]),
+       st.integers(1, 5), st.booleans(), st.sampled_from([0.0, 0.3, 1.0, 3.0]))
 def test_every_falling_schedule_is_sampled(levels, end, scale, method, process, order, corrector, eta):
-    """Steps long and short, repeated and an ulp apart, sigma from 1e-4 to 1e5: data in one point come out as that point."""
+    """Steps long and short, repeated, an ulp apart, sigma from 1e-38 to 1e38: data in one point come out as that point."""
+    order = min(order, METHODS[method])
     levels = sorted(levels, reverse=True)
     if process == "flow":
-        levels = [s / (1 + s) for s in levels]
+        levels = sorted((s / (1 + s) for s in levels), reverse=True)
     sigmas = torch.tensor(levels + [0.0] * end, dtype=torch.float64)
     model = gaussian(0.0, 0.7, dim=3, process=process)
     alpha = float(get_process(process).alpha(sigmas[0].numpy()))
@@ -172,12 +173,17 @@ def test_any_value_in_place_of_a_setting_of_a_preset(sampler, name, value):
        st.sampled_from(["ve", "flow"]), st.sampled_from(FLOATS))
 def test_any_amount_of_noise(name, amount, scale, process, dtype):
     """A finite picture, or the numbers that dtype cannot hold are named before the first model call."""
-    model = gaussian(0.5, process=process)
+    calls = []
+
+    def model(x, sigma, **_):
+        calls.append(sigma)
+        return 0.5 * x
+
     sigmas = torch.tensor([0.9, 0.5, 0.1, 0.0])
     x = torch.ones(1, 4, dtype=dtype)
     out = refused(lambda: ersde.sample_er_sde(model, x, sigmas, {"seed": 1}, disable=True, process=process,
                                               noise_scale=scale, **{name: amount}))
-    assert out is None and (model.calls == 0 or amount > 1e3) or torch.isfinite(out).all()
+    assert (not calls or amount > 1e3) if out is None else torch.isfinite(out).all()
 
 
 # Tensors.
