@@ -5,6 +5,7 @@ returned, FloatingPointError; their text is one short line.
 """
 import inspect
 import math
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -337,6 +338,33 @@ def test_an_interrupt_at_every_step(where, error, capfd):
         assert info.value is thrown and (x == 9.0).all()
         with clean():
             assert torch.equal(ersde.sample_er_sde(model, x, sigmas, {"seed": 1}, disable=True), want)
+
+
+def snapshot(prefixes):
+    """What every module and class of these packages holds, by identity."""
+    owners = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in prefixes and module is not None]
+    owners += [torch.Tensor, torch.nn.Module, torch.Generator]
+    return [(owner, name, value) for owner in owners for name, value in list(vars(owner).items())]
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_nothing_is_left_patched(kind):
+    """Not in torch, numpy or a host's samplers, neither while a model is asked nor after an error."""
+    pytest.importorskip("k_diffusion.sampling")
+    before = snapshot(("torch", "numpy", "k_diffusion", "tqdm", "random", "builtins"))
+    unchanged = lambda: all(vars(owner).get(name) is value for owner, name, value in before)
+
+    def model(x, sigma, **_):
+        assert unchanged()
+        if sigma[0] < 1:
+            raise Stop
+        return 0.5 * x
+
+    assert unchanged()
+    for preset in ("sde_5", "few_steps", "comfyui"):
+        with pytest.raises(Stop):
+            ersde.sample_preset(model, torch.ones(2, 4), torch.tensor([9.0, 3.0, 0.5, 0.0]), preset, noise_sampler=kind)
+        assert unchanged()
 
 
 def test_arguments_are_left_as_they_were():
