@@ -301,7 +301,7 @@ class BrownianNoise(DeviceNoise):
 
     How: Levy's construction on the fixed tree whose leaves are the float32 numbers, as integers: the midpoint of a cell is a
     float32 again, and its bits name the cell's unit normal, xi.  W is the sum of xi over hat functions of T, of which an
-    increment meets those on the way to its ends: at most 57 normals, whose weights are made in float64.  Unlike torchsde's
+    increment meets those on the way to its ends: at most 58 normals, whose weights are made in float64.  Unlike torchsde's
     tree it needs neither the end points of the run nor a tolerance, and holds image by image on every device.
 
     Args:
@@ -353,14 +353,14 @@ class BrownianNoise(DeviceNoise):
 
     def _log_clock(self, keys: np.ndarray) -> np.ndarray:
         """log T at the keys' sigmas, falling; above 1e6 it is as good as infinite."""
-        lam = torch.from_numpy(self.process.lam(keys.astype(np.uint32).view(np.float32).astype(np.float64)))
+        lam = self.process.lam(keys.astype(np.uint32).view(np.float32).astype(np.float64))
         try:
-            log_g = self.noise_scale.log_g(lam).numpy()
+            log_g = self.noise_scale.log_g_array(lam)
         except ValueError:          # a user's phi that underflows to 0 on the tree, far below the schedule
             log_g = np.array([self._log_g_or_none(one) for one in lam])
         return np.minimum(-2.0 * self.eta * log_g, 1e6)
 
-    def _log_g_or_none(self, lam: Tensor) -> float:
+    def _log_g_or_none(self, lam: float) -> float:
         try:
             return float(self.noise_scale.log_g(lam))
         except ValueError:

@@ -53,17 +53,21 @@ class NoiseScale:
 
         The same bits for a lambda in any company: parts of a run have the weights of the whole.
         """
-        lam = _cpu(lam).detach().numpy()
+        return torch.from_numpy(self.log_g_array(_cpu(lam).detach().numpy()))
+
+    def log_g_array(self, lam: np.ndarray) -> np.ndarray:
+        """`log_g` of a float64 numpy array."""
         if not (lam >= 0).all():
             raise ValueError(f"lambda must be at least 0, got {lam[~(lam >= 0)].flat[0]}")
         far = np.isinf(lam) & math.isinf(self.peak)
         inner = np.where(far, _LAMBDA_FAR, np.clip(lam, 1e-300, self.peak)).ravel()
         # torch takes whole vectors at a time and the rest one by one, which rounds differently: no rest then.
-        inner = torch.from_numpy(np.pad(inner, (0, -len(inner) % _VECTORS), mode="edge" if len(inner) else "constant"))
+        inner = np.pad(inner, (0, -len(inner) % _VECTORS), mode="edge" if len(inner) else "constant")
         out = np.empty(len(inner))
         for start in range(0, len(inner), _BLOCK):
-            out[start:start + _BLOCK] = _cpu(self.log_g_fn(inner[start:start + _BLOCK])).detach().numpy()
-        return torch.from_numpy(np.where(far, self.log_g_far, out[:lam.size].reshape(lam.shape)))
+            value = _cpu(self.log_g_fn(torch.from_numpy(inner[start:start + _BLOCK])))
+            out[start:start + _BLOCK] = (value.detach() if value.requires_grad else value).numpy()
+        return np.where(far, self.log_g_far, out[:lam.size].reshape(lam.shape))
 
     def phi(self, lam, eta: float = 1.0) -> Tensor:
         """phi_eta(lambda) = lambda * g(lambda)^eta, float64, of lambda's shape."""

@@ -148,7 +148,7 @@ class StepIntegrals:
         self._drop = np.expm1(log_t[step][:, None] - self._u + rel)
 
     def _log_g(self, lam: np.ndarray) -> np.ndarray:
-        return self.scale.log_g(torch.from_numpy(np.ascontiguousarray(lam))).numpy()
+        return self.scale.log_g_array(lam)
 
     def _check_rising(self, log_g: np.ndarray) -> None:
         lam = np.concatenate((self._lam.ravel(), self.lam_s, self.lam_t))
