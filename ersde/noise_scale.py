@@ -65,8 +65,7 @@ class NoiseScale:
         inner = np.pad(inner, (0, -len(inner) % _VECTORS), mode="edge" if len(inner) else "constant")
         out = np.empty(len(inner))
         for start in range(0, len(inner), _BLOCK):
-            value = _cpu(self.log_g_fn(torch.from_numpy(inner[start:start + _BLOCK])))
-            out[start:start + _BLOCK] = (value.detach() if value.requires_grad else value).numpy()
+            out[start:start + _BLOCK] = _cpu(self.log_g_fn(torch.from_numpy(inner[start:start + _BLOCK]))).numpy()
         return np.where(far, self.log_g_far, out[:lam.size].reshape(lam.shape))
 
     def phi(self, lam, eta: float = 1.0) -> Tensor:
@@ -150,7 +149,7 @@ def from_callable(phi: Callable[[Tensor], Tensor]) -> NoiseScale:
             got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"noise_scale {name!r}: phi(lambda) must return a floating point tensor of lambda's shape "
                             f"{tuple(lam.shape)}, got {got}")
-        value = _cpu(value)
+        value = _cpu(value).detach()
         positive = lam > 0
         bad = positive & ~(value > 0)
         if bad.any():
