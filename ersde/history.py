@@ -49,6 +49,15 @@ class History:
         """Whether there is a run to go on from."""
         return self._past is not None
 
+    def to(self, device) -> "History":
+        """A copy with its tensors on a device; a run from a copy leaves this one as it is."""
+        copy, past = History(), self._past
+        if past is not None:
+            known, move = past.memory, lambda one: None if one is None else one.to(device)
+            copy._past = dataclasses.replace(past, memory=Memory(
+                move(known.x), move(known.newest), [move(change) for change in known.changes], move(known.base)))
+        return copy
+
     def _before(self, x: Tensor, sigmas: np.ndarray, process: str):
         """The steps that a run from x over `sigmas` goes on from, or None.  Reads one number from the device."""
         past = self._past

@@ -45,10 +45,9 @@ Tensor = torch.Tensor
 Seed = Union[None, int, Sequence[int]]
 
 NOISES: Mapping[str, str] = MappingProxyType({
-    "cpu": "Independent noise for each step, made on the CPU: the same on every device.",
-    "device": "Independent noise for each step, made on the device itself: the same on every device, with no transfer.",
-    "brownian": "One Brownian path for the whole run, which runs with more steps follow more finely, so that they converge "
-                "to one picture; slower to draw.",
+    "cpu": "made on the CPU, the same on every device, from seed, picture and step alone",
+    "device": "the same promise, made on the device itself, with no transfer",
+    "brownian": "a path that more steps follow more finely, so that runs converge to one picture; slower to draw",
 })
 """The kinds of noise by name, each with what it is for in one sentence."""
 

@@ -72,6 +72,11 @@ def _scales(names) -> Sequence[NoiseScale]:
     return [get_noise_scale(name) for name in names]
 
 
+def _ratio(scale: NoiseScale, eta: float, lam: torch.Tensor, one: torch.Tensor) -> np.ndarray:
+    """(g(lambda) / g(one))^eta within 1e-100 to 1e100: a logarithmic axis that reaches further cannot be drawn."""
+    return (eta * (scale.log_g(lam) - scale.log_g(one))).clamp(-230.0, 230.0).exp().numpy()
+
+
 def _style(scale: NoiseScale, index: int) -> dict:
     colour, dash = _STYLE.get(scale.name, (COLOURS[index % len(COLOURS)], "-"))
     return {"color": colour, "linestyle": dash, "linewidth": 2.0}
@@ -105,7 +110,7 @@ def plot_noise_scales(names: Optional[Iterable] = None, eta: float = 1.0, lam: T
     figure, axes = new_figure(11, 4.6, 1, 2)
     whole, zoom = axes[0]
     for i, scale in enumerate(scales):
-        value = (eta * (scale.log_g(grid) - scale.log_g(one))).exp().numpy()
+        value = _ratio(scale, eta, grid, one)
         for axis in (whole, zoom):
             axis.plot(grid.numpy(), value, label=f"{scale.name}:  {scale.formula}", **_style(scale, i))
     power = "" if eta == 1 else f"^{eta:g}"
@@ -298,7 +303,7 @@ def plot_run(plan: Plan, process, scale, eta: float = 1.0, title: str = ""):
     low, high = (lam.min() / 1.5, lam.max() * 1.5) if len(lam) else (0.01, 100.0)
     grid = torch.logspace(np.log10(low), np.log10(high), 300, dtype=torch.float64)
     one = torch.full((1,), low, dtype=torch.float64)
-    value = lambda g, at, power=1.0: (power * (g.log_g(at) - g.log_g(one))).exp().numpy()
+    value = lambda g, at, power=1.0: _ratio(g, power, at, one)
     for i, other in enumerate(NOISE_SCALES.values()):
         if other.name != scale.name:
             curve.plot(grid.numpy(), value(other, grid), **{**_style(other, i), "linewidth": 1.0, "alpha": 0.45},

@@ -87,8 +87,9 @@ def check_sigmas(sigmas, process: Process) -> np.ndarray:
     if (values < 0).any():
         at = int(np.flatnonzero(values < 0)[0])
         raise ValueError(f"sigmas must not be negative, got {values[at]:.6g} at index {at}")
-    if ((values > 0) & ((values < SMALLEST) | (values > LARGEST))).any():
-        at = int(np.flatnonzero((values > 0) & ((values < SMALLEST) | (values > LARGEST)))[0])
+    beyond = (values > 0) & ((values < SMALLEST * (1 - 1e-6)) | (values > LARGEST * (1 + 1e-6)))     # as float32 rounds them
+    if beyond.any():
+        at = int(np.flatnonzero(beyond)[0])
         raise ValueError(f"sigmas must be 0 or between {SMALLEST:g} and {LARGEST:g}, got {values[at]:.6g} at index {at}")
     # A host's shift in float32 can leave sigma = 1 a rounding higher (1.0000001 at shift 1.32).
     values = np.where(values <= process.sigma_max * (1.0 + 1e-6), np.minimum(values, process.sigma_max), values)

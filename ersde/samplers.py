@@ -114,9 +114,6 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     values = check_sigmas(sigmas, process).copy()
     if len(values) < 2:
         return x
-    if values[-1] > values[0] and eta != 0 and scale.power != 0:
-        raise ValueError("sigmas that rise (inversion) need the ODE: eta=0 or noise_scale='ode', got "
-                         f"eta={eta} and noise_scale={scale.name!r}")
     start, end = window(values) if callable(window) else _checked_window(window)
     etas = np.where((values[:-1] <= start) & (values[:-1] > end), eta, 0.0)
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:

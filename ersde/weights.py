@@ -349,8 +349,14 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         variable: in which D is interpolated, a name of `VARIABLES` ("exact" only).
         adapt: whether steps measure their trust; False: full trust in all ("exact" only).
         history: sigmas of evaluations made before the first step, newest first, that the run starts with.
+
+    Raises:
+        ValueError: sigmas rise, which is inversion, but a step adds noise.
     """
     check_choice("method", method, METHODS)
+    if sigmas[-1] > sigmas[0] and np.any(eta) and scale.power != 0:
+        raise ValueError("sigmas that rise (inversion) need the ODE: eta=0 or noise_scale='ode', got "
+                         f"eta={np.max(eta):g} and noise_scale={scale.name!r}")
     n = len(sigmas) - 1
     lam = process.lam(sigmas)
     eta = np.asarray(eta, dtype=np.float64)

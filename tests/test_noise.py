@@ -27,7 +27,7 @@ def member(process, scale, eta=1.0):
 def test_names():
     assert list(NOISES) == ["cpu", "device", "brownian"]
     for text in NOISES.values():
-        assert text.endswith(".") and ". " not in text
+        assert text[0].islower() and not text.endswith(".") and "\n" not in text      # what stands behind "name: "
     with pytest.raises(TypeError):
         NOISES["mine"] = ""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import weakref
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Callable, List, Optional, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import check_choice
+from ..history import History
 from ..noise import NOISES, make_noise
 from ..noise_scale import NOISE_SCALES, NoiseScale, from_points, get_noise_scale, parse_points
 from ..presets import PRESETS, Preset, all_presets, from_json, get_preset, save_preset, to_dict, user_presets_path
@@ -64,6 +66,7 @@ class Settings:
         step_seed: the seed of the steps' noise, or None for the run's.
         cfg_pp: whether the noise direction is the unconditional prediction's.
         batch_index: each picture's place in the batch it was cut from, or None for 0, 1, ...
+        history: what the part of the run before this one left, and where this one leaves the same, or None.
     """
 
     preset: Preset
@@ -72,6 +75,7 @@ class Settings:
     step_seed: Optional[int] = None
     cfg_pp: bool = False
     batch_index: Optional[Sequence[int]] = None
+    history: Optional[History] = None
 
 
 def make_settings(preset, noise_scale=AS_PRESET, eta=-1.0, s_noise=-1.0, order=0, corrector=AS_PRESET, method=AS_PRESET,
@@ -133,7 +137,7 @@ def sampler_function(find: Callable[[], Settings]):
             noise_sampler = _noise(settings, preset.method, x, sigmas, extra_args.get("seed"))
         guidance = _guidance(model, extra_args) if settings.cfg_pp else None
         return sample_preset(model, x, sigmas, preset, extra_args, callback, disable, noise_sampler=noise_sampler,
-                             noise_scale=settings.scale, guidance=guidance)
+                             noise_scale=settings.scale, guidance=guidance, history=settings.history)
 
     return sample_ersde
 
@@ -236,12 +240,34 @@ def schedule(model, scheduler, steps, denoise=1.0):
                                    denoise=denoise, model_options=model.model_options).sigmas
 
 
+_LEFT = "ersde_history"         # where a latent dictionary has what a part of a run leaves for the next
+
+
+@dataclass(frozen=True)
+class Left:
+    """A part's history, on the CPU, and what it is of: the model, its conditions and their strength."""
+
+    history: History
+    model: Callable[[], object]         # a weak reference: a latent must not keep a model in memory
+    guided_by: tuple
+
+    @classmethod
+    def of(cls, history, model, *guided_by):
+        return cls(history.to("cpu"), weakref.ref(model), guided_by)
+
+    def fits(self, model, *guided_by) -> bool:
+        return self.model() is model and all(a is b or a == b and isinstance(a, float) for a, b in
+                                             zip(self.guided_by, guided_by))
+
+
 def sample_latent(settings: Settings, model, seed, steps, cfg, scheduler, positive, negative, latent, denoise=1.0, *,
                   add_noise=True, start_step=0, end_step=None, leftover_noise=False):
     """What the host's KSampler and KSampler Advanced do, with our sampler.
 
     Args:
-        latent: the host's latent dictionary; its noise_mask and batch_index are honoured, and it is not written to.
+        latent: the host's latent dictionary; its noise_mask and batch_index are honoured, and it is not written to.  What an
+            earlier part of the run left, with the same model, conditions and cfg, is gone on from as if there were no cut;
+            not under a mask, where the host puts the earlier part's noisy picture beside it.
         add_noise: whether the latent is noised to the first sigma; False: it comes with its noise.
         start_step, end_step: the part of the schedule that is run; None: to its end.
         leftover_noise: whether a run that ends early leaves its noise in; else its last step goes to 0.
@@ -271,10 +297,16 @@ def sample_latent(settings: Settings, model, seed, steps, cfg, scheduler, positi
     noise = comfy.sample.prepare_noise(image, seed, index) if add_noise else _no_noise(image)
     if index is not None:
         settings = replace(settings, batch_index=tuple(int(i) for i in index))
+    left, mine, history = out.pop(_LEFT, None), (model, positive, negative, float(cfg)), None
+    if latent.get("noise_mask") is None:
+        history = left.history.to("cpu") if left is not None and not add_noise and left.fits(*mine) else History()
+    settings = replace(settings, history=history)
     out["samples"] = comfy.sample.sample_custom(
         model, noise, cfg, build_sampler(settings), sigmas, positive, negative, image, noise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed)
+    if history:
+        out[_LEFT] = Left.of(history, *mine)
     return out
 
 
