@@ -95,6 +95,26 @@ def test_chained_halves_are_the_whole_run(comfy, model, preset):
 
 
 @pytest.mark.parametrize("model", BOTH)
+@pytest.mark.parametrize("preset", ["sde_5", "sde", "few_steps", "comfyui"])
+def test_parts_with_what_the_latent_carries_are_the_whole_run(comfy, model, preset):
+    """Our advanced node in two parts and in three, at full order; with another cfg it is another run."""
+    prompt = workflow(model)
+    noise = {"noise": "cpu"} if preset == "comfyui" else {}        # the host's own generator would start anew in each part
+    add_ours(prompt, "whole", preset, **noise)
+    part = dict(return_with_leftover_noise="enable", **noise)
+    head = add_part(prompt, "head", preset, end_at_step=3, **part)
+    rest = dict(add_noise="disable", **noise)
+    middle = add_part(prompt, "middle", preset, latent_image=head, start_at_step=3, end_at_step=6, **{**part, **rest})
+    add_part(prompt, "two", preset, latent_image=head, start_at_step=3, **rest)
+    add_part(prompt, "three", preset, latent_image=middle, start_at_step=6, **rest)
+    add_part(prompt, "another cfg", preset, latent_image=head, start_at_step=3, cfg=2.0, **rest)
+    pictures = comfy.pictures(prompt)
+    for name in ("two", "three"):
+        assert difference(pictures[name], pictures["whole"]) <= 1, name
+    assert difference(pictures["another cfg"], pictures["whole"]) > 1
+
+
+@pytest.mark.parametrize("model", BOTH)
 def test_a_head_or_a_tail_at_full_order_is_finite_and_near(comfy, model):
     prompt = workflow(model)
     add_ours(prompt, "whole", "sde_5", steps=20, cfg=1.5)
