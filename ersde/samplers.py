@@ -65,7 +65,7 @@ def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None
 @torch.no_grad()
 def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None, callback=None, disable=None, *,
                   noise_sampler=None, process=None, window: Optional[Tuple[float, float]] = None, noise_scale=None,
-                  guidance: Optional[Callable[[], Tensor]] = None):
+                  guidance: Optional[Callable[[], Tensor]] = None, fresh: Optional[Callable[[], bool]] = None):
     """Sample with a preset's settings; `sample_er_sde` says what the arguments are.
 
     With `guidance` this is CFG++ (Chung et al., arXiv 2406.08070): the noise direction comes from the unconditional
@@ -82,6 +82,8 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
             start and end, as parts of the model's schedule, read off the host's model.
         noise_scale: a function in place of the preset's, as `sample_er_sde` takes it.
         guidance: () -> D - D_u of the newest model call, of x's shape; asked for once per step, after the call.
+        fresh: asked after each model call: whether it was the first one of another model (a refiner, say).  The run goes
+            on from there with the same noise, and without the evaluations made before.
     """
     preset = get_preset(preset)
     if window is None:
@@ -89,11 +91,11 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
             lambda values: hosts.window_sigmas(model, values, preset.start, preset.end)
     return _sample(model, x, sigmas, extra_args, callback, disable, preset.eta, preset.s_noise, noise_sampler,
                    preset.noise_scale if noise_scale is None else noise_scale, preset.order, preset.corrector,
-                   preset.method, process, window, guidance)
+                   preset.method, process, window, guidance, fresh)
 
 
 def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order, corrector,
-            method, process, window, guidance=None):
+            method, process, window, guidance=None, fresh=None):
     eta, s_noise = check_real("eta", eta), check_real("s_noise", s_noise)
     scale = get_noise_scale(noise_scale)
     check_choice("method", method, METHODS)
@@ -116,7 +118,9 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         sigmas = torch.as_tensor(sigmas).clone()
         sigmas[0] = start_below_one(values, hosts.first_flow_sigma(model))[0]
         values[0] = float(sigmas[0])        # as it is in the schedule's dtype, which is what the host's sampler sees
-    plan = make_plan(values, process, scale, etas, s_noise, order, corrector, method)
+    plan_from = lambda i: make_plan(values[i:], process, scale, etas[i:], s_noise, order, corrector, method)
+    plan = plan_from(0)
+    replan = None if fresh is None else lambda i: plan_from(i) if fresh() else None
     widest = torch.finfo(x.dtype).max
     if max(values.max(), *(step.noise for step in plan.steps)) > widest:
         raise ValueError(f"x of dtype {x.dtype} holds numbers up to {widest:g}, too few for sigmas up to {values.max():g} "
@@ -134,7 +138,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     if guidance is not None:
         alpha = process.alpha(values).tolist()
         shift = lambda i: guidance() * alpha[i]
-    return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift)
+    return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, replan=replan)
 
 
 def _preset_function(preset: Preset) -> Callable:

@@ -28,7 +28,8 @@ def _steps(count: int, disable: Optional[bool]):
 
 def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[[int], Tensor], extra_args: dict,
         callback: Optional[Callable], disable: Optional[bool], history: Sequence[Tensor] = (),
-        shift: Optional[Callable[[int], Tensor]] = None) -> Tensor:
+        shift: Optional[Callable[[int], Tensor]] = None,
+        replan: Optional[Callable[[int], Optional[Plan]]] = None) -> Tensor:
     """Execute `plan` on `model` from the state `x`.
 
     Args:
@@ -38,6 +39,8 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         history: evaluations made before the first step, newest first.
         shift: step number -> what is added to the state before the step, once its evaluation is made; the last step returns
             the evaluation and asks for none.
+        replan: asked after each model call with the step's number; a plan for the steps from there on makes the run go on
+            with it and without the evaluations before, None keeps what there is.
 
     Raises:
         FloatingPointError: the result is not finite; names the first step whose evaluation was not.
@@ -52,15 +55,20 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     sums: List[Tensor] = []
     base = None                 # the state without the bend of the step before, where that had one
     one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    now, start = plan, 0        # the plan in force and the number of its first step
     for i in _steps(count, disable):
         denoised = model(x, for_model[i], **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
-        if newest is not None and plan.history:
+        new = None if replan is None else replan(i)
+        if new is not None:
+            now, start, newest = new, i, None
+            changes.clear()
+        if newest is not None and now.history:
             changes.insert(0, denoised - newest)
-            del changes[plan.history:]
+            del changes[now.history:]
         newest = denoised
-        step = plan.steps[i]
+        step = now.steps[i - start]
         if step.bend:
             trust, size = _trust(denoised, changes, step, one)
             sums.append(size)
