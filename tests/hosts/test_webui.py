@@ -118,8 +118,9 @@ def running(data):
            "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     env.pop("PYTHONPATH", None)         # or the pack might be found without being installed
     data.mkdir(parents=True, exist_ok=True)
-    # Live previews may need a small model of their own, which a host fetches.
-    (data / "config.json").write_text(json.dumps({"live_previews_enable": False, "show_progress_type": "Approx cheap"}))
+    # Live previews may need a small model of their own, which a host fetches.  Forge Neo waits for a key without its mark.
+    (data / "config.json").write_text(json.dumps({"VERSION_UID": "PY313", "live_previews_enable": False,
+                                                  "show_progress_type": "Approx cheap"}))
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=webui, env=env, stdout=out, stderr=subprocess.STDOUT,
                                    start_new_session=os.name != "nt")
