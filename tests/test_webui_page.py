@@ -67,7 +67,7 @@ def test_every_control_is_as_the_preset_and_told_to_the_host(host):
         assert [label for _, label in script.infotext_fields] == script.paste_field_names == list(BARE)
         for control, setting in zip(controls, SETTINGS):
             assert AS_PRESET in (control.value, control.arguments.get("placeholder"))
-            assert control.arguments["elem_id"] == f"script_{tab}_er-sde_{setting.field}"
+            assert control.arguments["elem_id"] == f"script_{tab}_ersde_{setting.field}"
             if setting.choices:
                 assert control.arguments["choices"][0] == AS_PRESET and control.arguments["allow_custom_value"]
 

@@ -234,7 +234,8 @@ class Script:
         self.on_after = (*self.on_after, (elem_id, callback))
 
     def elem_id(self, item):
-        return f"script_{self.tabname}_{self.title().lower()}_{item}"
+        title = re.sub("[^a-z_0-9]", "", self.title().lower())
+        return f"script_{self.tabname}_{title}_{item}"
 
     def process(self, p, *args):
         pass

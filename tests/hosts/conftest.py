@@ -1,4 +1,4 @@
-"""One ComfyUI for all the tests of a session: before the pack is there, and with it."""
+"""One ComfyUI and one WebUI for all the tests of a session: either takes a while to start."""
 import subprocess
 import sys
 
@@ -37,3 +37,14 @@ def comfy(installed):
     """The host with the pack."""
     with ComfyUI(installed) as comfy:
         yield comfy
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The WebUI with the pack."""
+    from hosts.webui_host import put_in, running
+
+    data = tmp_path_factory.mktemp("webui") / "with"
+    put_in(data)
+    with running(data) as server:
+        yield server
