@@ -100,6 +100,18 @@ def test_what_the_accordion_says():
     assert "not be above end" in webui_page.shown(SDE_5, *arguments(start="0.8", end="0.2"))
 
 
+def test_a_preset_file_with_errors_is_said_on_the_page_and_the_others_work(monkeypatch, tmp_path):
+    file = tmp_path / "mine.json"
+    monkeypatch.setenv("ERSDE_PRESETS", str(file))
+    file.write_text('{"mine": {"eta": 0.2}, "bad": {"eta": -1}}')
+    for sampler, words in ((SDE_5, "SDE 5"), ("ER-SDE mine", "eta 0.2"), ("Euler a", "not one of ours")):
+        html = webui_page.shown(sampler, *arguments())
+        assert words in html and html.count("bad") == 1 and "eta must be" in html
+    file.write_text("{ nonsense")
+    html = webui_page.shown(SDE_5, *arguments())
+    assert "<svg" in html and "mine.json" in html
+
+
 def test_the_settings_page_shows_what_its_components_take(host):
     opts = host["modules.shared"].opts
     assert list(opts.data_labels) == [*(setting.option for setting in SETTINGS), webui.HIDDEN]

@@ -86,17 +86,22 @@ def _axis(module, setting: settings.Setting):
 
 
 def shown(sampler: str, *arguments) -> str:
-    """The accordion's last part: the curve and one line of what a run with these controls would use, as HTML."""
-    presets = all_presets()[0]
+    """The accordion's last part, as HTML: the curve, and one line of what a run with these controls would use; below it what
+    is wrong with the person's own presets."""
+    presets, problems = all_presets()
+    wrong = "".join(_line(problem, _RED) for problem in problems)
     base = {sampler_name(preset): preset for preset in reversed(presets.values())}.get(sampler)
     if base is None:
-        return _line(f"The sampler chosen is not one of ours: these settings are for those named {PREFIX}...")
+        return _line(f"The sampler chosen is not one of ours: these settings are for those named {PREFIX}...") + wrong
     try:
         used = settings.apply(base, {"settings page": webui.page_defaults(), "here": settings.from_arguments(arguments)},
                               presets)
     except (TypeError, ValueError) as error:
-        return draw(base) + _line(f"{error}; a run goes on with the sampler's preset", "color:#d03030;font-weight:bold")
-    return draw(used, base) + _summary(base, used)
+        return draw(base) + _line(f"{error}; a run goes on with the sampler's preset", _RED) + wrong
+    return draw(used, base) + _summary(base, used) + wrong
+
+
+_RED = "color:#d03030;font-weight:bold"     # readable on white and on black
 
 
 def _line(text: str, style: str = "") -> str:

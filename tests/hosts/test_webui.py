@@ -4,8 +4,10 @@
 """
 import base64
 import io
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hosts.webui_host import MARKS, choices, pixels, running
@@ -37,7 +39,7 @@ def test_every_preset_is_listed_once_after_the_hosts_own(server, without):
 
 def test_the_log_has_no_error_of_ours(server):
     log = server.log.read_text(errors="replace")
-    assert "ER-SDE:" not in log and "Error loading script" not in log
+    assert "ER-SDE:" not in log and "Error loading script: ersde" not in log
 
 
 @pytest.mark.parametrize("tab", ["txt2img", "img2img"])
@@ -94,8 +96,13 @@ def test_img2img(server):
     assert abs(pixels(image) - pixels(base64.b64decode(start))).max() > 8
 
 
+# The last one is for Forge Neo, which takes no answer for a wrong one; the others do not know it.
+HIRES = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6,
+         "hr_additional_modules": ["Use same choices"]}
+
+
 def test_hires(server):
-    (image,), _ = server.make_as(OURS[0], enable_hr=True, hr_scale=2, hr_upscaler="Latent", denoising_strength=0.6)
+    (image,), _ = server.make_as(OURS[0], **HIRES)
     assert pixels(image).shape == (128, 128, 3)
 
 
@@ -206,26 +213,31 @@ def test_inpainting_keeps_what_is_masked(server, soft):
     if soft and "soft inpainting" not in scripts:
         pytest.skip("this WebUI has no soft inpainting")
     how = {"alwayson_scripts": {"soft inpainting": {"args": [True]}}} if soft else {}
-    for name in (SDE, OURS[0]):
+    for name in ("Euler a", SDE, OURS[0]):
         (image,), _ = server.make_as(name, kind="img2img", init_images=[base64.b64encode(start).decode()], width=128,
                                      height=128, mask=base64.b64encode(buffer.getvalue()).decode(), mask_blur=0,
                                      inpainting_fill=1, denoising_strength=0.7, **how)
         change = abs(pixels(image) - pixels(start)).mean(axis=(0, 2))
+        if name == "Euler a" and change.max() == 0:
+            pytest.skip("inpainting like this changes nothing with this WebUI's own sampler either")
         # Soft inpainting keeps what is far from the mask, and blends in between.
         assert change[:16 if soft else 48].max() < 3 and change[80:].mean() > 5
 
 
 def test_hires_with_another_sampler(server):
     """eta 0.5 is what `flat colours` has anyway: only the second pass differs from its preset."""
-    hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.6}
     flat = sampler_name(PRESETS["flat"])
-    (image,), (text,) = server.make_as(flat, **hires, hr_sampler_name=SDE, **with_settings([{"eta": 0.5}]))
+    (image,), (text,) = server.make_as(flat, **HIRES, hr_sampler_name=SDE, **with_settings([{"eta": 0.5}]))
     assert ours(text) == {"ER-SDE eta": "0.5"} and f"Hires sampler: {SDE}" in text
-    (plain,), (text,) = server.make_as(flat, **hires, hr_sampler_name=SDE)
+    (plain,), (text,) = server.make_as(flat, **HIRES, hr_sampler_name=SDE)
     assert ours(text) == {} and not same(plain, image)
 
 
 def test_infotext_over_the_api(server):
+    (_,), (text,) = server.make_as("Euler a")
+    status, answer = server.ask("/sdapi/v1/txt2img", {"infotext": text})
+    if status != 200:
+        pytest.skip(f"this WebUI's API cannot read an infotext: {answer}")
     (image,), (text,) = server.make_as(SDE, **with_settings([{"eta": 0.4, "noise_scale": "sde_2"}]))
     answer = server.post("/sdapi/v1/txt2img", {"infotext": text})
     assert same(base64.b64decode(answer["images"][0]), image)
@@ -295,7 +307,7 @@ def test_a_refiner(server):
         pytest.skip("one checkpoint: no refiner")
     base = server.make_as(SDE)[0][0]
     current = server.request(SDE).get("override_settings", {}).get("sd_model_checkpoint", names[0])
-    other = next(name for name in names if not name.startswith(current))
+    other = os.environ.get("WEBUI_REFINER") or next(name for name in names if not name.startswith(current))
     how = {"refiner_checkpoint": other, "refiner_switch_at": 0.5, "steps": 10}
     pictures = [server.make_as(SDE, **how) for _ in range(2)]
     for (image,), (text,) in pictures:
@@ -362,3 +374,21 @@ def test_live_preview(server):
         assert answers[0][0] == 200 and seen, "no preview"
     finally:
         server.post("/sdapi/v1/options", {"live_previews_enable": False})
+
+
+@pytest.mark.skipif(not os.environ.get("WEBUI_PICTURES"), reason="WEBUI_PICTURES is not set: no other host to compare with")
+@pytest.mark.parametrize("preset", ["sde_5", "sde", "ode", "comfyui"])
+def test_the_same_picture_as_in_other_hosts(server, preset):
+    """The first host leaves its pictures in that folder; run the others with the same folder and checkpoint.
+
+    They agree up to the rounding of what is theirs: text encoder, network and decoder, in float32 on the CPU.
+    """
+    file = Path(os.environ["WEBUI_PICTURES"]) / f"{preset}.png"
+    (image,), _ = server.make_as(sampler_name(PRESETS[preset]), steps=8, cfg_scale=1, scheduler="Karras")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image)
+        pytest.skip(f"left {file} for the other hosts")
+    difference = abs(pixels(image) - pixels(file.read_bytes()))
+    print(preset, "largest difference", difference.max(), "mean", difference.mean())
+    assert difference.mean() < 1
