@@ -135,7 +135,7 @@ def test_each_preset_samples(host, preset):
     # Noise comes from the host: one draw for the first x, then one for each noisy step.
     noisy = preset.eta > 0 and preset.noise_scale != "ode"
     assert (p.rng.draws > 1) == noisy
-    assert host.all_samplers_map[webui.sampler_name(preset)].options.get("uses_ensd", False) == noisy
+    assert host.all_samplers_map[webui.sampler_name(preset)].options == {}
 
 
 def test_the_presets_are_different_samplers(host):

@@ -242,6 +242,18 @@ def test_the_hires_pass_adds_what_only_it_differs_in(host):
     assert read_infotext(text)["ER-SDE eta"] == "1"
 
 
+@pytest.mark.parametrize("sampler, given, noisy", [
+    (SDE, {}, True), (ODE, {}, False), (SDE, {"eta": "0"}, False), (SDE, {"s_noise": "0"}, False),
+    (ODE, {"noise_scale": "sde", "eta": "0.5"}, True), (SDE, {"noise_scale": "ode"}, False)], ids=str)
+def test_the_hosts_seed_delta_is_written_where_noise_is_drawn(host, sampler, given, noisy):
+    """Whatever the settings make of the preset."""
+    for delta, wanted in ((31337, "31337" if noisy else None), (0, None)):
+        host["modules.shared"].opts.eta_noise_seed_delta = delta
+        p = Processing()
+        _, text = run(host, sampler, p, arguments(**given))
+        assert read_infotext(text).get("ENSD") == wanted and (p.rng.draws > 1) == noisy
+
+
 def test_a_flow_model_is_told(host):
     inner = types.SimpleNamespace(predictor=types.SimpleNamespace(prediction_type="const"))
     p, sigmas = Processing(), torch.tensor([0.9, 0.5, 0.0])

@@ -138,8 +138,8 @@ def test_a_bad_value_is_pasted_as_it_stands():
 
 
 def test_labels_and_keys():
-    assert len(set(LABELS)) == len(LABELS) == len(SETTINGS) + 2
-    assert all(label.startswith("ER-SDE ") and not set(label) & set(',:"\n') for label in LABELS)
+    assert len(set(LABELS)) == len(LABELS) == len(SETTINGS) + 3
+    assert all((label.startswith("ER-SDE ") or label == "ENSD") and not set(label) & set(',:"\n') for label in LABELS)
     assert [setting.option for setting in SETTINGS][:2] == ["ersde_preset", "ersde_noise_scale"]
 
 

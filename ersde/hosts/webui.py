@@ -98,6 +98,11 @@ def sampler_function(preset: Preset) -> Callable:
             used = settings_of(p, preset, presets)
             # Before the run, so that a picture that was interrupted has it too; the hires pass adds what it knows.
             p.extra_generation_params.update(settings.infotext(preset, used, presets, process))
+            delta = getattr(getattr(sys.modules.get("modules.shared"), "opts", None), "eta_noise_seed_delta", 0)
+            if delta and settings.is_noisy(used):
+                # The host's setting changes the generators that our noise comes from.  Its own way to write it
+                # ('uses_ensd') knows nothing of what the settings made of the preset.
+                p.extra_generation_params[settings.DELTA_LABEL] = delta
         return sample_preset(model, x, sigmas, used, extra_args, callback, disable, noise_sampler=host_noise(model, x),
                              process=process, fresh=model_watch(model))
 
@@ -116,10 +121,8 @@ def sampler_entry(preset: Preset):
         return KDiffusionSampler(function, model)
 
     setattr(constructor, _MARK, preset.name)
-    # The host's setting "eta noise seed delta" changes the generators that our noise comes from: uses_ensd makes it
-    # write the setting to the infotext.  No 'scheduler': "Automatic" stays the model's own schedule.
-    options = {"uses_ensd": True} if preset.eta > 0 and preset.s_noise > 0 else {}
-    return SamplerData(sampler_name(preset), constructor, [f"er_sde_{preset.name}"], options)
+    # No 'scheduler': "Automatic" stays the model's own schedule.
+    return SamplerData(sampler_name(preset), constructor, [f"er_sde_{preset.name}"], {})
 
 
 def _usable(presets: Mapping[str, Preset]) -> List[Preset]:

@@ -24,6 +24,8 @@ PREFIX = "ER-SDE "
 
 PROCESS_LABEL = PREFIX + "process"
 OWN_LABEL = PREFIX + "own preset"
+DELTA_LABEL = "ENSD"
+"""The host's own label of its setting "eta noise seed delta"."""
 
 
 def sampler_name(preset: Preset) -> str:
@@ -173,6 +175,11 @@ def apply(sampler: Preset, places: Mapping[str, Mapping[str, object]], presets: 
     return (sampler if name == sampler.name else presets[name]).replace(**changes)
 
 
+def is_noisy(preset: Preset) -> bool:
+    """Whether its runs draw noise."""
+    return preset.eta > 0 and preset.s_noise > 0 and preset.noise_scale != "ode"
+
+
 def infotext(sampler: Preset, used: Preset, presets: Mapping[str, Preset], process: str = "ve") -> Dict[str, str]:
     """What a picture's infotext says beside the sampler's name: label -> text, only what its name does not tell.
 
@@ -193,8 +200,8 @@ def infotext(sampler: Preset, used: Preset, presets: Mapping[str, Preset], proce
     return out
 
 
-LABELS: Tuple[str, ...] = (*(setting.label for setting in SETTINGS), OWN_LABEL, PROCESS_LABEL)
-"""Every label that an infotext can have of us."""
+LABELS: Tuple[str, ...] = (*(setting.label for setting in SETTINGS), OWN_LABEL, PROCESS_LABEL, DELTA_LABEL)
+"""Every label that an infotext can have from us."""
 
 
 def pasted(params: Mapping[str, object], defaults: Mapping[str, object], presets: Mapping[str, Preset]) -> Dict[str, str]:
