@@ -25,6 +25,11 @@ def say(text: str) -> None:
     print(f"ER-SDE: {text}", file=sys.stderr)
 
 
+def option(name: str, default=None):
+    """One of the host's settings as it stands; over the API `override_settings` stands in for it."""
+    return getattr(getattr(sys.modules.get("modules.shared"), "opts", None), name, default)
+
+
 def host_noise(model, x) -> Optional[Callable]:
     """A noise sampler on the host's generators, one per image, so that a batch equals its single images.
 
@@ -55,9 +60,8 @@ def model_watch(model) -> Callable[[], bool]:
 
 
 def page_defaults() -> Dict[str, object]:
-    """The settings page's values by field, as they stand (over the API `override_settings` stands in for them)."""
-    opts = getattr(sys.modules.get("modules.shared"), "opts", None)
-    return {setting.field: getattr(opts, setting.option, None) for setting in SETTINGS}
+    """The settings page's values by field."""
+    return {setting.field: option(setting.option) for setting in SETTINGS}
 
 
 def settings_of(p, sampler: Preset, presets: Mapping[str, Preset]) -> Preset:
@@ -69,8 +73,9 @@ def settings_of(p, sampler: Preset, presets: Mapping[str, Preset]) -> Preset:
     Raises:
         HTTPException: over the API, 422, in one sentence.
     """
-    places = {"settings page or override_settings": page_defaults(), "ER-SDE accordion or alwayson_scripts":
-              getattr(p, "ersde_page", {}), "X/Y/Z plot": getattr(p, "ersde_axes", {})}
+    places = {"settings page or override_settings": page_defaults(),
+              "ER-SDE accordion or alwayson_scripts": getattr(p, "ersde_page", {}),
+              "X/Y/Z plot": getattr(p, "ersde_axes", {})}
     try:
         return settings.apply(sampler, places, presets)
     except (TypeError, ValueError) as error:
@@ -98,7 +103,7 @@ def sampler_function(preset: Preset) -> Callable:
             used = settings_of(p, preset, presets)
             # Before the run, so that a picture that was interrupted has it too; the hires pass adds what it knows.
             p.extra_generation_params.update(settings.infotext(preset, used, presets, process))
-            delta = getattr(getattr(sys.modules.get("modules.shared"), "opts", None), "eta_noise_seed_delta", 0)
+            delta = option("eta_noise_seed_delta", 0)
             if delta and settings.is_noisy(used):
                 # The host's setting changes the generators that our noise comes from.  Its own way to write it
                 # ('uses_ensd') knows nothing of what the settings made of the preset.
@@ -189,8 +194,7 @@ def _hide(sd_samplers, names: List[str]) -> None:
 
     They stay known by name, to the API and to a pasted infotext, as the host's own hidden samplers do.
     """
-    opts = getattr(sys.modules.get("modules.shared"), "opts", None)
-    chosen = getattr(opts, HIDDEN, None)
+    chosen = option(HIDDEN)
     hidden = {name for name in names if isinstance(chosen, (list, tuple)) and name in chosen}
     if hidden:
         sd_samplers.samplers_hidden = set(sd_samplers.samplers_hidden) | hidden

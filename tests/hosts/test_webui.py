@@ -254,6 +254,7 @@ def plot(server, values=None, check=True, **axes):
         at = labels.index(f"{letter.upper()} type")
         args[at:at + 3] = [names.index(label), text, text.split(", ")]
     args[labels.index("Draw legend")] = False
+    args[labels.index("Include Sub Images")] = True
     make = server.make_as if check else server.make
     return make(SDE, script_name="x/y/z plot", script_args=args, **(values or {}))
 
