@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 
 import pytest
 from hosts.webui_host import MARKS, choices, pixels, wait_for
@@ -37,9 +38,9 @@ class Page:
     """The WebUI's page: what a person does with it."""
 
     def __init__(self, browser, server, theme="light"):
-        self.server = server
+        self.server, self.seeds = server, 100
         self.page = browser.new_page(viewport={"width": 1300, "height": 1500})
-        self.page.set_default_timeout(60000)
+        self.page.set_default_timeout(30000)
         self.load(theme)
 
     def load(self, theme="light"):
@@ -50,12 +51,17 @@ class Page:
         """Until the page stands, and all that it asked for has come."""
         self.page.wait_for_selector("#txt2img_generate", state="visible")
         self.page.wait_for_selector("#script_txt2img_ersde_accordion")
-        self.page.wait_for_load_state("networkidle")
+        self.rest()
+
+    def rest(self):
+        """Until nothing is asked for any more; newer pages keep one line open for good."""
+        with suppress(Exception):
+            self.page.wait_for_load_state("networkidle", timeout=4000)
         time.sleep(2)
 
     def close(self):
         """At rest: a request that is broken off can keep the host's server from closing at "Reload UI"."""
-        self.page.wait_for_load_state("networkidle")
+        self.rest()
         self.page.close()
 
     def control(self, field, tab="txt2img"):
@@ -88,22 +94,26 @@ class Page:
             assert time.monotonic() < end, what() if callable(what) else what
             time.sleep(0.2)
 
+    def seed(self):
+        return self.page.locator("#txt2img_seed input").first
+
     def paste(self, infotext):
-        """Into the prompt, and then the button with the arrow."""
-        self.page.locator("#txt2img_prompt textarea").first.fill(infotext)
+        """Into the prompt, and then the button with the arrow; a seed of its own tells when all is done."""
+        self.seeds += 1
+        self.page.locator("#txt2img_prompt textarea").first.fill(infotext.replace("Seed: 7", f"Seed: {self.seeds}"))
         self.page.locator("#tab_txt2img #paste").first.click()
-        # The prompt alone is left in its place, when all is done.
-        prompt = infotext.split("\n")[0]
-        self.until(lambda: self.page.locator("#txt2img_prompt textarea").first.input_value() == prompt, "not pasted")
+        self.until(lambda: self.seed().input_value() == str(self.seeds), "not pasted")
         time.sleep(1.5)
 
     def generate(self):
-        """The text under the picture."""
+        """The text under the picture, which has a seed of its own."""
         info = self.page.locator("#html_info_txt2img").last
-        before = info.inner_text()
-        self.page.locator("#txt2img_prompt textarea").first.fill(f"a lighthouse {time.monotonic_ns()}")
+        self.seeds += 1
+        self.page.locator("#txt2img_prompt textarea").first.fill("a lighthouse")
+        self.seed().fill(str(self.seeds))
+        self.seed().press("Tab")
         self.page.locator("#txt2img_generate").click()
-        self.until(lambda: info.inner_text() not in ("", before) and "Steps:" in info.inner_text(), "no picture", 300)
+        self.until(lambda: f"Seed: {self.seeds}," in info.inner_text(), "no picture", 120)
         return info.inner_text()
 
     def shoot(self, name):
@@ -282,7 +292,7 @@ def test_settings_page_defaults_and_hidden_entries(browser, server):
 
 def reload_ui(page, starts):
     """The link at the bottom of the page; the page comes again by itself."""
-    page.page.wait_for_load_state("networkidle")
+    page.rest()
     page.page.locator("a", has_text="Reload UI").first.click()
     wait_for(page.server, starts=starts)
     page.wait()

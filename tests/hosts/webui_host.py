@@ -118,7 +118,7 @@ def running(data):
     port, log = free_port(), data / "log.txt"
     command = [os.environ.get("WEBUI_PYTHON") or str(own), "-u", "launch.py", "--api", "--port", str(port),
                "--server-name", "127.0.0.1", "--data-dir", str(data), "--models-dir", str(webui / "models"),
-               "--model-ref", str(webui / "models"),
+               "--model-ref", str(webui / "models"), "--gradio-allowed-path", str(webui),
                "--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check",
                "--skip-version-check", "--use-cpu", "all", "--no-half", "--no-download-sd-model",
                "--do-not-download-clip", "--no-hashing", *shlex.split(os.environ.get("WEBUI_ARGS", ""))]
