@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from comfy_host import MODELS, REPOSITORY, ComfyUI, add_host, make_base, stock_pictures, workflow
+from webui_host import put_in, running
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +43,6 @@ def comfy(installed):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """The WebUI with the pack."""
-    from hosts.webui_host import put_in, running
-
     data = tmp_path_factory.mktemp("webui") / "with"
     put_in(data)
     with running(data) as server:

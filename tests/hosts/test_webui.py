@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts.webui_host import MARKS, choices, pixels, running
+from webui_host import MARKS, choices, pixels, running
 
 from ersde import PRESETS
 from ersde.hosts.webui import PREFIX, sampler_name

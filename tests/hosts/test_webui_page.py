@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from hosts.webui_host import MARKS, choices, pixels, wait_for
+from webui_host import MARKS, choices, pixels, wait_for
 
 from ersde import PRESETS
 from ersde.hosts.webui import PREFIX, sampler_name

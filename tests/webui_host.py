@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pytest
 
-PACK = Path(__file__).resolve().parents[2]
+PACK = Path(__file__).resolve().parents[1]
 WEBUI = os.environ.get("WEBUI_PATH")
 MARKS = [
     pytest.mark.host,
