@@ -66,7 +66,8 @@ def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None
 @torch.no_grad()
 def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None, callback=None, disable=None, *,
                   noise_sampler=None, process=None, window: Optional[Tuple[float, float]] = None, noise_scale=None,
-                  guidance: Optional[Callable[[], Tensor]] = None, history: Optional[History] = None):
+                  guidance: Optional[Callable[[], Tensor]] = None, fresh: Optional[Callable[[], bool]] = None,
+                  history: Optional[History] = None):
     """Sample with a preset's settings; `sample_er_sde` says what the arguments are.
 
     With `guidance` this is CFG++ (Chung et al., arXiv 2406.08070): the noise direction comes from the unconditional
@@ -83,6 +84,8 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
             start and end, as parts of the model's schedule, read off the host's model.
         noise_scale: a function in place of the preset's, as `sample_er_sde` takes it.
         guidance: () -> D - D_u of the newest model call, of x's shape; asked for once per step, after the call.
+        fresh: asked after each model call: whether it was the first one of another model (a refiner, say).  The run goes
+            on from there with the same noise, and without the evaluations made before.
         history: what the run before this one left, so that the two are as one, and where this one leaves the same.
     """
     preset = get_preset(preset)
@@ -91,11 +94,11 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
             lambda values: hosts.window_sigmas(model, values, preset.start, preset.end)
     return _sample(model, x, sigmas, extra_args, callback, disable, preset.eta, preset.s_noise, noise_sampler,
                    preset.noise_scale if noise_scale is None else noise_scale, preset.order, preset.corrector,
-                   preset.method, process, window, guidance, history)
+                   preset.method, process, window, guidance, fresh, history)
 
 
 def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order, corrector,
-            method, process, window, guidance=None, history=None):
+            method, process, window, guidance=None, fresh=None, history=None):
     eta, s_noise = check_eta(eta), check_real("s_noise", s_noise)
     scale = get_noise_scale(noise_scale)
     check_choice("method", method, METHODS)
@@ -137,6 +140,12 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     def make(values, etas, history=()):
         return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history)
 
+    replan = None
+    if fresh is not None:
+        if history is not None:
+            raise ValueError("history and fresh cannot be had together: a run of two models is none to go on from")
+        replan = lambda i: make(values[i:], etas[i:]) if fresh() else None
+
     def go(plan, x, memory=None):
         holds, least = torch.finfo(x.dtype), values[values > 0].min()
         if max(values.max(), *(step.noise for step in plan.steps)) > holds.max:
@@ -144,7 +153,8 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
                              f"{values.max():g} with s_noise={s_noise:g}")
         if least <= 0.5 * holds.tiny * holds.eps:
             raise ValueError(f"x of dtype {x.dtype} takes sigma {least:g} for 0: use float32, or end the schedule earlier")
-        return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, memory=memory)
+        return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, replan=replan,
+                   memory=memory)
 
     if history is None:
         return go(make(values, etas), x)

@@ -42,7 +42,8 @@ def _steps(count: int, disable: Optional[bool]):
 
 def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[[int], Tensor], extra_args: dict,
         callback: Optional[Callable], disable: Optional[bool], history: Sequence[Tensor] = (),
-        shift: Optional[Callable[[int], Tensor]] = None, memory: Optional[Memory] = None) -> Tensor:
+        shift: Optional[Callable[[int], Tensor]] = None, replan: Optional[Callable[[int], Optional[Plan]]] = None,
+        memory: Optional[Memory] = None) -> Tensor:
     """Execute `plan` on `model` from the state `x`.
 
     A state of half precision is kept in float32 between the model calls: rounded at every step, as often as there are
@@ -55,6 +56,8 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         history: evaluations made before the first step, newest first.
         shift: step number -> what is added to the state before the step, once its evaluation is made; the last step returns
             the evaluation and asks for none.
+        replan: asked after each model call with the step's number; a plan for the steps from there on makes the run go on
+            with it and without the evaluations before, None keeps what there is.
         memory: in place of `history`, what the run before this one left; what this one leaves, once it has ended well.
 
     Raises:
@@ -69,10 +72,10 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     x = x if narrow is None else x.float()
     known = memory or Memory(newest=history[0] if history else None, changes=[a - b for a, b in zip(history, history[1:])])
     x, newest, changes, base = x if known.x is None else known.x, known.newest, list(known.changes), known.base
-    kept = plan.history if memory is None else MAX_ORDER + 1
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
     one = torch.ones((), dtype=x.dtype, device=x.device)
+    now, first = plan, 0        # the plan in force and the number of its first step
     for i in _steps(count, disable):
         seen = x if narrow is None else x.to(narrow)
         denoised = check_tensor_like(f"what the model returns (step {i}, sigma = {plan.sigmas[i]:.6g})",
@@ -80,11 +83,16 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         if callback is not None:
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
         del seen                # or the old state would outlive the new one
+        new = None if replan is None else replan(i)
+        if new is not None:
+            now, first, newest = new, i, None
+            changes.clear()
+        kept = now.history if memory is None else MAX_ORDER + 1
         if newest is not None and kept:
             changes.insert(0, denoised - newest)
             del changes[kept:]
         newest = denoised
-        step = plan.steps[i]
+        step = now.steps[i - first]
         if step.bend:
             trust, size = _trust(denoised, changes, step, one)
             sums.append(size)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import gaussian, karras, separated
+from problems import flow_schedule, gaussian, karras, separated
 
 import ersde
 from ersde.hosts import percent_to_sigma, read_process
@@ -296,3 +296,57 @@ def test_a_flow_schedule_a_rounding_above_1_is_a_schedule_from_1():
         assert torch.allclose(got, want, rtol=1e-5)
     with pytest.raises(ValueError, match="at most 1"):
         sample(sigmas * 1.001, X, gaussian(process="flow"), process="flow")
+
+
+class Switching:
+    """Two models in one, as a refiner is: from call number `at` on it is the second."""
+
+    def __init__(self, first, second, at):
+        self.models, self.at, self.calls, self.process = (first, second), at, 0, first.process
+
+    def __call__(self, x, sigma, **extra_args):
+        self.calls += 1
+        return self.models[self.calls > self.at](x, sigma)
+
+    def fresh(self):
+        return self.calls == self.at + 1
+
+
+@pytest.mark.parametrize("process", ["ve", "flow"])
+@pytest.mark.parametrize("preset", ["sde_5", "sde", "ode", "few_steps", "comfyui", "flat"])
+@pytest.mark.parametrize("at", [0, 1, 5, 11])
+def test_another_model_is_a_new_run_from_there(process, preset, at):
+    """What follows uses evaluations of the new model alone, with the noise that it would have had anyway.
+
+    The noise of the default sampler is named by its sigma, so the two halves draw what the whole draws.
+    """
+    sigmas = karras(12) if process == "ve" else flow_schedule(12)
+    first, second = separated(process), gaussian(0.6, -0.4, process=process)
+    second.means, second.std = torch.full((1, first.dim), -0.4), torch.full((1,), 0.6)
+    x = first.start(3, sigmas[0].item(), torch.Generator().manual_seed(0)).double()
+    settings = dict(disable=True, process=process, extra_args={"seed": 9}, window=(3.0, 0.1) if preset == "flat" else None)
+    both, seen = Switching(first, second, at), []
+    out = ersde.sample_preset(both, x, sigmas, preset, fresh=both.fresh, callback=lambda d: seen.append(d["i"]), **settings)
+    head = ersde.sample_preset(first, x, sigmas[:at + 1], preset, **settings)
+    want = ersde.sample_preset(second, head, sigmas[at:], preset, **settings)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    assert seen == list(range(12)) and both.calls == 12
+
+
+def test_without_a_restart_the_old_models_evaluations_would_count():
+    sigmas = karras(12)
+    first, second = gaussian(0.5, 0.3), gaussian(0.6, -0.4)
+    x = first.start(3, sigmas[0].item(), torch.Generator().manual_seed(0))
+    runs = []
+    for restart in (True, False):
+        model = Switching(first, second, 6)
+        runs.append(ersde.sample_preset(model, x, sigmas, "ode", disable=True, process="ve",
+                                        fresh=model.fresh if restart else None))
+    assert (runs[0] - runs[1]).abs().max() > 1e-3
+
+
+def test_nan_after_a_restart_is_found_by_its_step():
+    sigmas = karras(6)
+    model = Switching(gaussian(), lambda x, sigma: x * float("nan"), 3)
+    with pytest.raises(FloatingPointError, match=f"step 3 of 6.*sigma = {sigmas[3].item():.6g}"):
+        ersde.sample_preset(model, X.double(), sigmas, "sde_5", disable=True, process="ve", fresh=model.fresh)

@@ -1,147 +1,23 @@
-"""The WebUI side against a stand-in for the host's `modules.*`: what a sampler meets of it, traps included.
-
-The traps are real ones: `eta` is filled in whenever a sampler's signature has it, a schedule's name at the end of a
-sampler's name is cut off, names are remembered by a cache, and set_samplers does not rebuild the map.
-"""
-import collections
-import functools
+"""The WebUI's samplers against a stand-in for the host: what is listed, and what a sampler meets of a run."""
 import importlib.util
 import inspect
 import itertools
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+import webui_standin as standin
+from webui_standin import SCHEDULERS, SCRIPT, FakeModel, FakeRNG, SamplerData, load_as_host
 
 from ersde import PRESETS
 from ersde.hosts import webui
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "ersde_webui.py"
-
-# The schedules of AUTOMATIC1111 1.10.1, Forge, reForge and Forge Neo: names, labels and aliases.
-SCHEDULERS = """Automatic|Uniform|Karras|Exponential|Polyexponential|SGM Uniform|SGMUniform|KL Optimal|Align Your Steps
-Simple|Normal|DDIM|DDIM Uniform|Beta|Beta57|Turbo|Align Your Steps GITS|Align Your Steps 11|Align Your Steps 32
-Align Your Steps Custom|Sinusoidal SF|Invcosinusoidal SF|React Cosinusoidal DynSF|Cosine|Cosine-exponential Blend|Phi
-Laplace|Karras Dynamic|Linear Quadratic|Bong Tangent|Flux|Flux2|Flow|sgm_uniform|kl_optimal|align_your_steps
-ays|linear_quadratic|bong_tangent""".replace("\n", "|").split("|")
-
-SamplerData = collections.namedtuple("SamplerData", "name constructor aliases options")
-
-
-class FakeRNG:
-    """One generator per image, as the host has it; `next()` is a whole batch."""
-
-    def __init__(self, seeds, shape):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.shape, self.draws = shape, 0
-
-    def next(self):
-        self.draws += 1
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-
-
-class FakeModel:
-    """What a sampler gets as `model`: the denoiser of N(0, 1) data, and the things a sampler may ask of it."""
-
-    def __init__(self, p=None, inner=None, denoise=lambda x, sigma: x / (1 + sigma ** 2)):
-        self.p, self.denoise, self.calls = p, denoise, 0
-        self.inner_model = types.SimpleNamespace(sigmas=torch.linspace(0.03, 14.6, 1000)) if inner is None else inner
-
-    def __call__(self, x, sigma, cond=None):
-        self.calls += 1
-        assert sigma.shape == (x.shape[0],)
-        assert cond == "prompt"         # extra_args reach every call
-        return self.denoise(x, sigma.reshape(-1, *[1] * (x.ndim - 1)))
-
-
-class FakeKDiffusionSampler:
-    """The host's caller: looks at the function's signature for what to pass."""
-
-    def __init__(self, function, sd_model, options=None):
-        self.func, self.model, self.config, self.seen = function, sd_model, None, []
-
-    def sample(self, p, x, sigmas):
-        self.model.p = p
-        kwargs = {"sigmas": sigmas}
-        parameters = inspect.signature(self.func).parameters
-        if "eta" in parameters:
-            kwargs["eta"] = 0.37
-            p.extra_generation_params["Eta"] = 0.37
-        if (self.config.options or {}).get("brownian_noise"):
-            kwargs["noise_sampler"] = None
-        return self.func(self.model, x * sigmas[0], extra_args={"cond": "prompt"}, disable=False,
-                         callback=lambda d: self.seen.append((d["i"], float(d["sigma"]))), **kwargs)
-
-
-def make_host(names=("Euler a", "Euler", "DPM++ 2M")):
-    """The modules by name, as a WebUI has them when it loads scripts."""
-    host = {name: types.ModuleType(name) for name in (
-        "modules", "modules.scripts", "modules.sd_samplers", "modules.sd_samplers_common",
-        "modules.sd_samplers_kdiffusion", "modules.sd_schedulers")}
-    for name, module in host.items():
-        if "." in name:
-            setattr(host["modules"], name.split(".")[1], module)
-    host["modules"].__path__ = []
-    host["modules.sd_samplers_common"].SamplerData = SamplerData
-    host["modules.sd_samplers_kdiffusion"].KDiffusionSampler = FakeKDiffusionSampler
-
-    host["modules.sd_schedulers"].schedulers = [types.SimpleNamespace(label=label) for label in SCHEDULERS]
-    s = host["modules.sd_samplers"]
-    s.all_samplers = [SamplerData(name, lambda model, name=name: FakeKDiffusionSampler(name, model), [], {})
-                      for name in names]
-    s.all_samplers_map = {entry.name: entry for entry in s.all_samplers}
-    s.samplers, s.samplers_map = [], {}
-
-    def set_samplers():
-        s.samplers = s.all_samplers
-        s.samplers_map.clear()
-        for entry in s.all_samplers:
-            for name in [entry.name, *entry.aliases]:
-                s.samplers_map[name.lower()] = entry.name
-
-    @functools.lru_cache(None)
-    def get_sampler_and_scheduler(name, scheduler=None):
-        for label in SCHEDULERS:
-            if name.endswith(" " + label):
-                name, scheduler = name[:-len(label) - 1], label
-        return s.all_samplers_map.get(name, s.samplers[0]).name, scheduler
-
-    def create_sampler(name, model):
-        entry = s.all_samplers_map[name]
-        sampler = entry.constructor(model)
-        sampler.config = entry
-        return sampler
-
-    s.set_samplers, s.create_sampler = set_samplers, create_sampler
-    s.get_sampler_and_scheduler = get_sampler_and_scheduler
-    set_samplers()
-    return host
-
 
 @pytest.fixture
 def host(monkeypatch):
-    modules = make_host()
-    for name in [name for name in sys.modules if name == "modules" or name.startswith("modules.")]:
-        monkeypatch.delitem(sys.modules, name)
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return modules["modules.sd_samplers"]
-
-
-def load_as_host(path=SCRIPT):
-    """Load a script as the WebUI does: its folder on a path that is put back, the module in no sys.modules."""
-    before = sys.path
-    try:
-        sys.path = [str(path.parents[1]), *sys.path]
-        spec = importlib.util.spec_from_file_location(path.name, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path = before
+    return standin.install(monkeypatch)["modules.sd_samplers"]
 
 
 def names_of(host):
@@ -259,7 +135,7 @@ def test_each_preset_samples(host, preset):
     # Noise comes from the host: one draw for the first x, then one for each noisy step.
     noisy = preset.eta > 0 and preset.noise_scale != "ode"
     assert (p.rng.draws > 1) == noisy
-    assert host.all_samplers_map[webui.sampler_name(preset)].options.get("uses_ensd", False) == noisy
+    assert host.all_samplers_map[webui.sampler_name(preset)].options == {}
 
 
 def test_the_presets_are_different_samplers(host):
@@ -384,9 +260,10 @@ def test_the_script_registers_and_reload_keeps_the_list(host, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_script_leaves_no_class_for_the_host_to_collect(host):
+def test_the_script_leaves_one_class_for_the_host_to_collect(host):
     """The host takes every Script class it finds in a script's namespace, imported ones too."""
-    assert not [value for value in vars(load_as_host()).values() if inspect.isclass(value)]
+    module = load_as_host()
+    assert len([value for value in vars(module).values() if inspect.isclass(value)]) == len(standin.scripts_of(module)) == 1
 
 
 def test_a_failure_is_one_line_and_the_host_starts(host, capsys):
@@ -394,8 +271,19 @@ def test_a_failure_is_one_line_and_the_host_starts(host, capsys):
     del sys.modules["modules.sd_samplers_kdiffusion"].KDiffusionSampler
     load_as_host()
     err = capsys.readouterr().err
-    assert err.startswith("ER-SDE: ") and "KDiffusionSampler" in err and err.count("\n") == 1
+    assert err.startswith("ER-SDE: no samplers: ") and "KDiffusionSampler" in err and err.count("\n") == 1
     assert host.all_samplers == before          # nothing half done
+
+
+@pytest.mark.parametrize("missing, words", [
+    ("modules.options", "no settings page"), ("modules.script_callbacks", "no axes"), ("gradio.context", "no accordion")])
+def test_without_one_part_of_the_host_the_others_are_there(host, capsys, monkeypatch, missing, words):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delattr(sys.modules[missing.split(".")[0]], missing.split(".")[1])
+    load_as_host()
+    err = capsys.readouterr().err
+    assert err.startswith(f"ER-SDE: {words}") and err.count("\n") == 1
+    assert names_of(host) == ["Euler a", "Euler", "DPM++ 2M", *OURS]
 
 
 def test_outside_a_webui_the_script_does_nothing():

@@ -1,25 +1,33 @@
 """The Stable Diffusion WebUIs: AUTOMATIC1111 and its forks Forge, reForge and Forge Neo.
 
-One entry of the sampler list per preset.  The host's modules are imported inside functions only, so that this module
-can be read anywhere.
+One entry of the sampler list per preset, and the settings that change it (`webui_settings`, on the page by `webui_page`).
+The host's modules are imported inside functions only, so that this module can be read anywhere.
 """
 from __future__ import annotations
 
 import sys
-from typing import Callable, List, Mapping, Optional
+from typing import Callable, Dict, List, Mapping, Optional
 
 from ..presets import Preset, all_presets
 from ..samplers import sample_preset
+from . import read_process
+from . import webui_settings as settings
+from .webui_settings import PREFIX, SETTINGS, sampler_name
 
-PREFIX = "ER-SDE "
-"""What every name of ours begins with.  Hosts that have a sampler of this family call it `ER SDE`: no hyphen."""
+__all__ = ["PREFIX", "host_noise", "register", "sampler_entry", "sampler_function", "sampler_name", "start"]
 
 _MARK = "ersde_preset"      # on an entry's constructor: tells our entries from anybody else's, also after a re-import
+HIDDEN = "ersde_hidden"     # the settings page's list of entries to leave out of the sampler list
 
 
-def sampler_name(preset: Preset) -> str:
-    """The preset's name in the WebUI's list, in pictures' infotexts and over the API."""
-    return PREFIX + preset.label
+def say(text: str) -> None:
+    """One line in the host's log."""
+    print(f"ER-SDE: {text}", file=sys.stderr)
+
+
+def option(name: str, default=None):
+    """One of the host's settings as it stands; over the API `override_settings` stands in for it."""
+    return getattr(getattr(sys.modules.get("modules.shared"), "opts", None), name, default)
 
 
 def host_noise(model, x) -> Optional[Callable]:
@@ -33,14 +41,75 @@ def host_noise(model, x) -> Optional[Callable]:
     return lambda sigma, sigma_next: rng.next().to(device=x.device, dtype=x.dtype)
 
 
+def model_watch(model) -> Callable[[], bool]:
+    """A function that says whether another model was loaded since it was last asked: the refiner, inside a model call.
+
+    The host wraps the new model anew.  Forge Neo's quick refiner only exchanges the weights, and keeps the name of the file
+    that it will go back to.
+    """
+    common = sys.modules.get("modules.sd_samplers_common")
+    state = lambda: (getattr(model, "inner_model", None), getattr(common, "ORIGINAL_CHECKPOINT", None))
+    last = [state()]        # the wrapper itself, not its id, which a new one may be given again
+
+    def changed() -> bool:
+        now, before = state(), last[0]
+        last[0] = now
+        return now[0] is not before[0] or now[1] != before[1]
+
+    return changed
+
+
+def page_defaults() -> Dict[str, object]:
+    """The settings page's values by field."""
+    return {setting.field: option(setting.option) for setting in SETTINGS}
+
+
+def settings_of(p, sampler: Preset, presets: Mapping[str, Preset]) -> Preset:
+    """The settings of a run of `p` with the sampler of the preset `sampler`.
+
+    A setting that is not allowed is refused over the API.  A person's run goes on with the sampler's preset, and one line
+    under the picture and in the log says so.
+
+    Raises:
+        HTTPException: over the API, 422, in one sentence.
+    """
+    places = {"settings page or override_settings": page_defaults(),
+              "ER-SDE accordion or alwayson_scripts": getattr(p, "ersde_page", {}),
+              "X/Y/Z plot": getattr(p, "ersde_axes", {})}
+    try:
+        return settings.apply(sampler, places, presets)
+    except (TypeError, ValueError) as error:
+        if getattr(p, "is_api", False):
+            from fastapi import HTTPException
+            raise HTTPException(status_code=422, detail=f"ER-SDE: {error}") from None
+        text = f"{error}; made with the sampler's preset {sampler.label!r}"
+        if getattr(p, "ersde_said", None) != text:      # once for a picture, not for each of its passes
+            p.ersde_said = text
+            say(text)
+            if hasattr(p, "comment"):
+                p.comment(f"ER-SDE: {text}")
+        return sampler
+
+
 def sampler_function(preset: Preset) -> Callable:
     """The preset as the plain k-diffusion function the WebUI calls.
 
     It has no parameter `eta`: the host would fill it from its slider for ancestral samplers.
     """
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        return sample_preset(model, x, sigmas, preset, extra_args, callback, disable,
-                             noise_sampler=host_noise(model, x))
+        p, process, used = getattr(model, "p", None), read_process(model), preset
+        if p is not None:
+            presets, _ = all_presets()
+            used = settings_of(p, preset, presets)
+            # Before the run, so that a picture that was interrupted has it too; the hires pass adds what it knows.
+            p.extra_generation_params.update(settings.infotext(preset, used, presets, process))
+            delta = option("eta_noise_seed_delta", 0)
+            if delta and settings.is_noisy(used):
+                # The host's setting changes the generators that our noise comes from.  Its own way to write it
+                # ('uses_ensd') knows nothing of what the settings made of the preset.
+                p.extra_generation_params[settings.DELTA_LABEL] = delta
+        return sample_preset(model, x, sigmas, used, extra_args, callback, disable, noise_sampler=host_noise(model, x),
+                             process=process, fresh=model_watch(model))
 
     sample.__name__ = sample.__qualname__ = f"sample_er_sde_{preset.name}"
     return sample
@@ -57,10 +126,8 @@ def sampler_entry(preset: Preset):
         return KDiffusionSampler(function, model)
 
     setattr(constructor, _MARK, preset.name)
-    # The host's setting "eta noise seed delta" changes the generators that our noise comes from: uses_ensd makes it
-    # write the setting to the infotext.  No 'scheduler': "Automatic" stays the model's own schedule.
-    options = {"uses_ensd": True} if preset.eta > 0 and preset.s_noise > 0 else {}
-    return SamplerData(sampler_name(preset), constructor, [f"er_sde_{preset.name}"], options)
+    # No 'scheduler': "Automatic" stays the model's own schedule.
+    return SamplerData(sampler_name(preset), constructor, [f"er_sde_{preset.name}"], {})
 
 
 def _usable(presets: Mapping[str, Preset]) -> List[Preset]:
@@ -74,11 +141,10 @@ def _usable(presets: Mapping[str, Preset]) -> List[Preset]:
     for preset in presets.values():
         name = sampler_name(preset)
         if name in seen:
-            print(f"ER-SDE: preset {preset.name!r} has the label of another one, {preset.label!r}, and is left out",
-                  file=sys.stderr)
+            say(f"preset {preset.name!r} has the label of another one, {preset.label!r}, and is left out")
         elif name.lower().endswith(tuple(endings)):
-            print(f"ER-SDE: preset {preset.name!r} is left out: its label {preset.label!r} ends in the name of a schedule, "
-                  "which this WebUI would cut off", file=sys.stderr)
+            say(f"preset {preset.name!r} is left out: its label {preset.label!r} ends in the name of a schedule, which this "
+                "WebUI would cut off")
         else:
             seen.add(name)
             good.append(preset)
@@ -98,7 +164,7 @@ def register(presets: Optional[Mapping[str, Preset]] = None) -> List[str]:
     if presets is None:
         presets, problems = all_presets()
         for problem in problems:
-            print(f"ER-SDE: {problem}", file=sys.stderr)
+            say(problem)
     entries = [sampler_entry(preset) for preset in _usable(presets)]    # all of them, before the list is touched
     places = {entry.name: i for i, entry in enumerate(sd_samplers.all_samplers)}
     names = []
@@ -110,14 +176,44 @@ def register(presets: Optional[Mapping[str, Preset]] = None) -> List[str]:
         elif hasattr(getattr(sd_samplers.all_samplers[place], "constructor", None), _MARK):
             sd_samplers.all_samplers[place] = entry
         else:
-            print(f"ER-SDE: this WebUI already has a sampler named {entry.name!r}; it is kept, ours is left out",
-                  file=sys.stderr)
+            say(f"this WebUI already has a sampler named {entry.name!r}; it is kept, ours is left out")
             continue
         sd_samplers.all_samplers_map[entry.name] = entry
         names.append(entry.name)
     sd_samplers.set_samplers()
+    _hide(sd_samplers, names)
     # The host remembers what a name from an infotext stands for, also that it was unknown.
     forget = getattr(getattr(sd_samplers, "get_sampler_and_scheduler", None), "cache_clear", None)
     if forget is not None:
         forget()
     return names
+
+
+def _hide(sd_samplers, names: List[str]) -> None:
+    """Leave the entries that the settings page names out of the page's lists.
+
+    They stay known by name, to the API and to a pasted infotext, as the host's own hidden samplers do.
+    """
+    chosen = option(HIDDEN)
+    hidden = {name for name in names if isinstance(chosen, (list, tuple)) and name in chosen}
+    if hidden:
+        sd_samplers.samplers_hidden = set(sd_samplers.samplers_hidden) | hidden
+
+
+def start():
+    """Everything at once, as the WebUI's script wants it: the samplers, the settings page, the axes; returns the accordion.
+
+    The accordion is a class for the host to collect, or None.  A part that fails is one line in the log, and the others
+    are there all the same.
+    """
+    from . import webui_page
+
+    last = None
+    for what, part in (("settings page", webui_page.add_settings), ("samplers", register),
+                       ("axes, no pasting", webui_page.add_callbacks), ("accordion", webui_page.script_class)):
+        try:
+            last = part()
+        except Exception as error:      # whatever it is, the WebUI must start
+            say(f"no {what}: {type(error).__name__}: {error}")
+            last = None
+    return last

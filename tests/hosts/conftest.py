@@ -1,9 +1,10 @@
-"""One ComfyUI for all the tests of a session: before the pack is there, and with it."""
+"""One ComfyUI and one WebUI for all the tests of a session: either takes a while to start."""
 import subprocess
 import sys
 
 import pytest
 from comfy_host import MODELS, REPOSITORY, ComfyUI, add_host, make_base, stock_pictures, workflow
+from webui_host import put_in, running
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +38,12 @@ def comfy(installed):
     """The host with the pack."""
     with ComfyUI(installed) as comfy:
         yield comfy
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The WebUI with the pack."""
+    data = tmp_path_factory.mktemp("webui") / "with"
+    put_in(data)
+    with running(data) as server:
+        yield server
