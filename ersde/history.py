@@ -55,7 +55,8 @@ class History:
         if past is not None:
             known, move = past.memory, lambda one: None if one is None else one.to(device)
             copy._past = dataclasses.replace(past, memory=Memory(
-                move(known.x), move(known.newest), [move(change) for change in known.changes], move(known.base)))
+                move(known.x), move(known.newest), [move(change) for change in known.changes], move(known.base),
+                move(known.score), [move(weight) for weight in known.bent], move(known.inverse)))
         return copy
 
     def _before(self, x: Tensor, sigmas: np.ndarray, process: str):
@@ -77,7 +78,10 @@ class History:
         else:
             known, like = past.memory, x.to(torch.promote_types(x.dtype, torch.float32))
             memory = Memory(known.x.to(like), known.newest.to(x.device), [change.to(x.device) for change in known.changes],
-                            None if known.base is None else known.base.to(like))
+                            None if known.base is None else known.base.to(like),
+                            None if known.score is None else known.score.to(like),
+                            [weight.to(like) for weight in known.bent],
+                            None if known.inverse is None else known.inverse.to(like))
             done = len(past.etas)
             whole = np.concatenate((past.sigmas[:-1], sigmas)), np.concatenate((past.etas, etas))
             if past.rule == rule:

@@ -138,7 +138,8 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         shift = lambda i: guidance() * alpha[i]
 
     def make(values, etas, history=()):
-        return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history)
+        return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history,
+                         rounding=torch.finfo(x.dtype).eps)
 
     replan = None
     if fresh is not None:

@@ -11,7 +11,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 import torch
 
 from .errors import check_tensor_like
-from .weights import MAX_ORDER, Plan, Settle, Step
+from .weights import MAX_ORDER, Amend, Plan, Settle, Step
 
 Tensor = torch.Tensor
 _HALF = (torch.float16, torch.bfloat16)
@@ -20,13 +20,18 @@ _TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from 
 
 @dataclass
 class Memory:
-    """What a run knows before a step: the state as it is computed, the newest evaluation, the changes R_0, R_1, ..., and the
-    state without the bend of the step before, where that had one."""
+    """What a run knows before a step: the state as it is computed, the newest evaluation, the changes R_0, R_1, ..., and of
+    the step before the state without its bend; where it was a long one, e of its start, its bend's weights on R_0, ..., and
+    1 / v of each picture.
+    """
 
     x: Optional[Tensor] = None
     newest: Optional[Tensor] = None
     changes: Sequence[Tensor] = ()
     base: Optional[Tensor] = None
+    score: Optional[Tensor] = None
+    bent: Sequence[Tensor] = ()
+    inverse: Optional[Tensor] = None
 
 
 def _steps(count: int, disable: Optional[bool]):
@@ -72,6 +77,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     x = x if narrow is None else x.float()
     known = memory or Memory(newest=history[0] if history else None, changes=[a - b for a, b in zip(history, history[1:])])
     x, newest, changes, base = x if known.x is None else known.x, known.newest, list(known.changes), known.base
+    score, bent, inverse = known.score, known.bent, known.inverse
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
     one = torch.ones((), dtype=x.dtype, device=x.device)
@@ -82,17 +88,21 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
                                      model(seen, for_model[i], **extra_args), x)
         if callback is not None:
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
-        del seen                # or the old state would outlive the new one
         new = None if replan is None else replan(i)
         if new is not None:
-            now, first, newest = new, i, None
+            now, first, newest, inverse = new, i, None, None
             changes.clear()
         kept = now.history if memory is None else MAX_ORDER + 1
         if newest is not None and kept:
             changes.insert(0, denoised - newest)
             del changes[kept:]
-        newest = denoised
-        step = now.steps[i - first]
+        step, trust = now.steps[i - first], None
+        if step.amend is not None:
+            x, denoised, score, inverse = _amended(step.amend, x, seen, denoised, changes, score, bent, inverse)
+        elif step.score is not None:
+            score = _score(_like(seen, x), denoised, *step.score)
+        newest, bent, score = denoised, (), score if step.score is not None else None
+        del seen                # or the old state would outlive the new one
         if step.bend:
             trust, size = _trust(denoised, changes, step, one)
             sums.append(size)
@@ -111,13 +121,18 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         if step.noise != 0.0:
             x.add_(check_tensor_like(f"what noise_sampler returns (step {i})", noise(i), x), alpha=step.noise)
         base = None
-        if step.bend:
+        if step.line or step.reach is not None:
+            bent = _reached(step, trust, inverse, one)
+            for change, weight in zip(changes, bent):
+                x.addcmul_(_like(change, x), _like(weight, x))
+        elif step.bend:
             base = x
             x = _bent(x, changes, step.bend, trust)
     out = x if narrow is None else x.to(narrow)
     _check_finite(out, sums, plan, start)
     if memory is not None:
         memory.x, memory.newest, memory.changes, memory.base = x, newest, changes, base
+        memory.score, memory.bent, memory.inverse = score, bent, inverse
     return out
 
 
@@ -127,6 +142,67 @@ def _norm(x: Tensor) -> Tensor:
     if x.ndim == 1:
         return x.abs() if wide is None else x.abs().to(wide)
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True, dtype=wide)
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """`value` in x's dtype; a cast to the same one would be an operation."""
+    return value if value.dtype == x.dtype else value.to(x.dtype)
+
+
+def _score(x: Tensor, denoised: Tensor, alpha: float, factor: float) -> Tensor:
+    """e = (y - D) / lambda^2 of the state x = alpha y, factor = 1 / (alpha lambda^2)."""
+    return torch.sub(x, _like(denoised, x), alpha=alpha).mul_(factor)
+
+
+def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor], before: Optional[Tensor],
+             bent: Sequence[Tensor], known: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
+    corrected evaluation.
+
+    Args:
+        seen: the state that the model saw, x but for rounding, which counts where lambda is small.
+        before: e of the step's start; None for 0, at lambda = infinity.
+        bent: the weights of its bend on R_1, R_2, ... of now.
+        known: 1 / v of the step before, where there is one.
+
+    Returns:
+        x, D, e of both, and 1 / v of each picture, 0 where there is none.
+    """
+    change, factor = _like(changes[0], x), 1.0 / (amend.alpha * amend.level)
+    score = _score(_like(seen, x), denoised, amend.alpha, factor)
+    if amend.measure or known is None:
+        along = torch.mul(score if before is None else score - before, change)
+        if x.ndim > 1:
+            along = along.sum(dim=tuple(range(1, x.ndim)), keepdim=True)
+        inverse = along.div_(_norm(change).square_().clamp_(min=_TINY)).clamp_(min=0.0)
+    else:
+        inverse = known
+    sure = inverse > 0
+    k = torch.where(sure, inverse, 1.0 / amend.usual).mul_(amend.turn).add_(1.0)
+    found = change * k.reciprocal_().mul_(amend.far - amend.near).add_(amend.near)
+    for weight, old in zip(bent, changes[1:]):
+        found.addcmul_(_like(old, x), _like(weight, x), value=-1.0)
+    slope = sure / (inverse * amend.level).add_(1.0)
+    changes[0] = torch.addcmul(change, found, slope, value=1.0 / amend.alpha)
+    denoised = torch.addcmul(_like(denoised, x), found, slope, value=1.0 / amend.alpha)
+    score.addcmul_(found, slope.neg_().add_(1.0), value=factor)
+    return x + found, denoised, score, inverse
+
+
+def _reached(step: Step, trust: Optional[Tensor], inverse: Optional[Tensor], one: Tensor) -> List[Tensor]:
+    """The weights of a long step's bend on R_0, R_1, ..., one number per picture each."""
+    if step.reach is None:
+        return [trust * weight for weight in step.bend]
+    # most turn / (turn + v) = most - most / (1 + turn / v)
+    by_law = (inverse * step.reach.turn).add_(1.0).reciprocal_().mul_(-step.reach.most).add_(step.reach.most)
+    if trust is None:
+        return [by_law]
+    by_line = trust * step.line
+    if len(step.bend) == 1:
+        return [torch.maximum(by_law, by_line)]
+    rest = trust * (by_line >= by_law)
+    first = torch.maximum(by_law, by_line).add_(rest, alpha=step.bend[0] - step.line)
+    return [first, *(rest * weight for weight in step.bend[1:])]
 
 
 def _trust(denoised: Tensor, changes: Sequence[Tensor], step: Step, one: Tensor) -> Tuple[Tensor, Tensor]:

@@ -47,11 +47,45 @@ Two more rules depend on the schedule alone.  Terms of second and higher order a
 that is common to their nodes (`_shared`), since fresh noise makes D rough.  And the order drops where the weights would
 amplify errors (`_AMPLIFICATION`), after a step much shorter than its successor.  None changes the order of convergence.
 
-**The last correction.**  The step to sigma = 0 returns D, and no evaluation follows to use the correction E of the state
-that D was made at.  To first order D changes by J E, J = dD/dy, y = x / alpha.  For Gaussian data dD / dlog lambda =
--J (y - D), so that J along the last change is about |v|^2 / <v, D - y> for v = dD / dlog lambda there, which is taken from
-the chord in lambda, R / (lambda_s / lambda_t - 1).  It is clamped to [0, 1], and weighted by 1 / (1 + |E|^2 / |v|^2), since
-a correction larger than the change itself says that the line does not hold, and by the noise shared over the step.
+**Long steps**, longer than `_FULL`, or `_FULL_NOISY` with much noise, are too long for polynomials; few steps are all of
+this kind.  They use what a polynomial does not know: that D is an estimate of x_0.  By Tweedie's formula D = y - lambda^2 e,
+y = x / alpha, with e = (y - D) / lambda^2 minus the score of y.  For data of variance v around some mean, e = (y - mean) /
+(v + lambda^2), so that D = mean + v e: between any two states, on one trajectory or not and whatever noise came between
+them, D changes by v times what e changes by.  So two evaluations measure v, for each picture, in the directions in which D
+changes (`Amend`):
+
+    1 / v = <R, e_0 - e_1> / |R|^2.
+
+Along the directions of one scale this is exact; over many scales it is an average that counts those that move D.  Trained
+networks show it, with guidance less of it.  Where the product is not positive (strong guidance, whose D is no such estimate;
+the moment at which a picture decides for one of two things) there is no v, and the step is as above.  With v:
+
+* D is interpolated in its own variable.  It moves by (v + lambda^2)^-1/2 along the probability flow: like 1 / lambda while
+  lambda^2 >> v, like lambda^2 where lambda^2 << v.  Its bend is c R with a c that depends on v alone; `Reach` has it as
+  C a / (a + v), exact for v -> 0 (C, the bend in 1 / lambda) and v = lambda_s^2.  The larger of this and of theta's first
+  difference is taken; theta's higher differences go with the latter only.
+* Of a step with noise the change R has only a part that goes on; the rest is the answer to the noise.  With E = 1 -
+  lambda_t / (lambda_s rho) for the one and a variance of 1 - rho^2 for the other, both of the step before, that part is
+  E^2 / (E^2 + 1 - rho^2) (Wiener's gain again).  For the reverse-time SDE it is 0: its D is a martingale, best held
+  constant.
+* The corrector of the step is k R, k such that the variance v + lambda^2 of y is kept from s to t, with the noise that the
+  step adds and with D at the new state: for b = rho lambda_t / lambda_s and J = v / (v + lambda^2),
+
+      (v + lambda_t^2) (1 - k J_t)^2 = (v + lambda_s^2) (b + (1 - b - k) J_s)^2 + lambda_t^2 (1 - rho^2).
+
+  Of the ODE this is the exact solution; of a member with noise any other k loses variance, half of it in six steps.  Again
+  as (k_0 a + k_1 v) / (a + v), exact at v = 0, lambda_s lambda_t and infinity.
+* J_t is the derivative of D at the new state.  By E, what the correction moves y by, D moves by J E, and so the evaluation
+  is corrected too, to first order, for this step and as the past of the next ones.  That the only evaluation of a step is
+  made at a state that is then corrected is the larger part of all error in few steps.
+
+From lambda = infinity (sigma = 1 of a flow model) D is the mean of the data, and all of it holds with e_1 = 0.
+
+**The last correction** of a short step.  The step to sigma = 0 returns D, and no evaluation follows to use the correction E
+of the state that D was made at.  To first order D changes by J E.  For Gaussian data dD / dlog lambda = -J (y - D), so that
+J along the last change is about |w|^2 / <w, D - y> for w = dD / dlog lambda there, which is taken from the chord in lambda,
+R / (lambda_s / lambda_t - 1).  It is clamped to [0, 1], and weighted by 1 / (1 + |E|^2 / |w|^2), since a correction larger
+than the change itself says that the line does not hold, and by the noise shared over the step.
 
 All arithmetic is numpy float64 on the CPU.
 """
@@ -254,6 +288,41 @@ def _one_more(weights: Sequence[float], nodes: Sequence[float], new: float) -> L
 
 
 @dataclass(frozen=True)
+class Amend:
+    """How an evaluation D_0 corrects the long step that led to it, with 1 / v = <R_0, e_0 - e_1> / |R_0|^2:
+
+        E = k R_0 - V,  alpha k = (near a + far v) / (a + v),  x += alpha E,  D_0 += E v / (v + level).
+
+    V is the bend of that step.  Where the product is not positive, k is that of v = usual, and D_0 is left alone.  In half
+    precision, where lambda is so small that y - D is lost in rounding, v is that of the step before.
+
+    Attributes:
+        alpha: of the new state, y = x / alpha.
+        level: lambda^2 of the new state.
+        near, far: alpha k for v -> 0 and v -> infinity.
+        turn: a.
+        usual: the v without a measurement, lambda_s lambda_t.
+        measure: whether v is measured.
+    """
+
+    alpha: float
+    level: float
+    near: float
+    far: float
+    turn: float
+    usual: float
+    measure: bool = True
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The bend of a long step by the variance v of the data: most turn / (turn + v) R_0."""
+
+    most: float
+    turn: float
+
+
+@dataclass(frozen=True)
 class Settle:
     """The last correction: D_0 + J share E / (1 + |E|^2 / |slope R_0|^2), see the module's text.
 
@@ -275,7 +344,7 @@ class Step:
     """x_next = x_scale * x + denoised * D_0 + sum of changes_j R_j + noise * z + trust * sum of bend_j R_j.
 
     D_0 is the evaluation just made, D_1 the one before, and R_j = D_j - D_{j+1}.  The weights of the corrector, which amends
-    the step before this one, are merged in.
+    the step before this one, are merged in; those of a long step are in `amend`, whose work is done before.
 
     Attributes:
         bend: weights that the trust multiplies, or () where all is in `changes`.
@@ -283,6 +352,10 @@ class Step:
         common: the share of the noise, in variance, that is the same at D_0 and D_1.
         from_base: x is the state without the bend of the step before, not the state the evaluation was made at.
         last: the step to sigma = 0, x_next = D_0 but for `settle`.
+        amend: the correction of a long step before this one.
+        score: alpha and 1 / (alpha lambda^2) of the state, where the next step needs its e = (y - D) / lambda^2; else None.
+        line: the weight of the bend's first difference, on R_0; the rest of `bend` is that of the higher ones.
+        reach: the bend of a long step after a long step.
     """
 
     x_scale: float
@@ -295,6 +368,10 @@ class Step:
     from_base: bool = False
     last: bool = False
     settle: Optional[Settle] = None
+    amend: Optional[Amend] = None
+    score: Optional[Tuple[float, float]] = None
+    line: float = 0.0
+    reach: Optional[Reach] = None
 
     @property
     def evaluations(self) -> Tuple[Tuple[int, float], ...]:
@@ -323,8 +400,16 @@ class Plan:
 
 # Steps up to this log length are at full trust.
 _SHORT = 0.15
-# Steps up to this log length take one node more with the corrector.
+# Steps up to this log length take one node more with the corrector; longer ones go by the variance of the data.
 _FULL = 0.5
+# The same where the noise is new by more than a fifth: a high order is of no use there, and the variance is.
+_HELD, _FULL_NOISY = 0.8, 0.2
+# Rounding counts lambda_s / lambda_t times in what a step measures of the variance: a longer step does not ask for it.
+_LONGEST = 30.0
+# Below this lambda pictures of unit size are done.
+_FINEST = 0.02
+# Times the root of the rounding: the lambda where y - D, of size lambda^2, is lost in it.
+_LOST = 3.0
 # A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is at
 # most three times that of the Adams-Bashforth method of the same order.  Regular schedules stay below half of it; after a
 # step much shorter than its successor (a nearly repeated sigma) the order drops instead.
@@ -335,7 +420,7 @@ _SAME = 1e-3
 
 def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.ndarray, s_noise: float = 1.0,
               order: int = 3, corrector: bool = True, method: str = "exact", variable: str = "lambda",
-              adapt: bool = True, history: Sequence[float] = ()) -> Plan:
+              adapt: bool = True, history: Sequence[float] = (), rounding: float = 1.2e-7) -> Plan:
     """The weights of every step of a run.
 
     Args:
@@ -349,6 +434,8 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         variable: in which D is interpolated, a name of `VARIABLES` ("exact" only).
         adapt: whether steps measure their trust; False: full trust in all ("exact" only).
         history: sigmas of evaluations made before the first step, newest first, that the run starts with.
+        rounding: of what the model returns, relative (`torch.finfo.eps` of the state).  Where y - D is finer, long steps do
+            not measure the variance, but take it over from the step before.
 
     Raises:
         ValueError: sigmas rise, which is inversion, but a step adds noise.
@@ -371,7 +458,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
     lam_of = np.concatenate((past[::-1], lam))
     if method == "exact":
         rule = _Exact(lam_of, first, moving, integrals, VARIABLES[check_choice("variable", variable, VARIABLES)], order,
-                      corrector, adapt)
+                      corrector, adapt, _LOST * math.sqrt(rounding))
     else:
         rule = _Published(lam_of, first, moving, integrals, order, method)
 
@@ -384,15 +471,20 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         weights: Dict[int, float] = {}
         bend: Dict[int, float] = {}
         used, noise, x_scale, ratio, common, s, t = 1, 0.0, 1.0, 0.0, 1.0, sigma[i], sigma[i + 1]
+        amend = rule.amend(row[i - 1], alpha[i]) if i - 1 in row else None
         if t == 0:
             settle = None
             if correction is not None and corrector:
                 settle = _settle(correction, now, log_rho[row[i - 1]], alpha[i])
-            steps.append(Step(0.0, 1.0, (), 0.0, last=True, settle=settle))
+            steps.append(Step(0.0, 1.0, (), 0.0, last=True, settle=settle, amend=amend))
             orders.append(1)
             break
+        score, line, reach = None, 0.0, None
         if i in row:
             r = row[i]
+            line, reach = rule.reach(r, alpha[i + 1], amend is not None)
+            if rule.amend(r, 1.0) is not None and lam[i] < math.inf:
+                score = alpha[i], 1.0 / (alpha[i] * float(lam[i]) ** 2)
             x_scale = t / s * math.exp(log_rho[r])
             noise = s_noise * t * math.sqrt(max(0.0, -math.expm1(2.0 * log_rho[r])))
             weights, bend, (ratio, common), used = rule.predict(r)
@@ -406,11 +498,13 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
                 weights[e] = weights.get(e, 0.0) + x_scale * alpha[i] * w
         denoised, changes = _changes(weights, now)
         steps.append(Step(x_scale, denoised, changes, noise, _changes(bend, now)[1], ratio, common,
-                          correction is not None and correction.from_base))
-        orders.append(used)
+                          correction is not None and correction.from_base, amend=amend, score=score, line=line, reach=reach))
+        orders.append(max(used, 2) if reach else used)
         # The evaluation that corrects a step is the next step's.
         correction = rule.correct(row[i]) if i in row and i + 1 < n else None
-    keep = max(max(len(s.changes), len(s.bend), len(s.settle.changes) if s.settle else 0) for s in steps)
+    keep = max(max(len(s.changes), len(s.bend), len(s.settle.changes) if s.settle else 0, 1 if s.reach else 0,
+                   1 + max(len(before.bend), 1 if before.reach else 0) if s.amend else 0)
+               for before, s in zip((None, *steps), steps))
     return Plan(sigmas, tuple(steps), tuple(orders), keep)
 
 
@@ -456,14 +550,16 @@ class _Exact:
     """Predictor and corrector weights of the moving steps, by row, as {evaluation number: weight} of I."""
 
     def __init__(self, lam: np.ndarray, first: int, moving: Sequence[int], integrals: StepIntegrals, variable: Variable,
-                 order: int, corrector: bool, adapt: bool):
+                 order: int, corrector: bool, adapt: bool, lost: float):
         self.order, self.corrector, self.integrals = order, corrector, integrals
         with np.errstate(divide="ignore"):
             self.tau: List[float] = variable.tau(lam).tolist()
         self.now = [first + i for i in moving]
         self.length = np.abs(np.log(integrals.lam_s) - np.log(integrals.lam_t)).tolist()
         self.short = [length <= _SHORT or not adapt for length in self.length]
-        self.full = [length <= _FULL for length in self.length]
+        self.full = [length <= (_FULL if held > _HELD else _FULL_NOISY)
+                     for length, held in zip(self.length, np.exp(2.0 * integrals.log_rho).tolist())]
+        self.law = _Law(integrals, self.now, lost) if adapt and variable.name == "lambda" else None
         # The corrector of a short step drops the oldest node for the new one, so its predictor may have one more.
         most = [order + 1 if corrector and full else order for full in self.full]
         self.nodes = [_distinct(self.tau, e, e + 1, m) for e, m in zip(self.now, most)]
@@ -509,11 +605,35 @@ class _Exact:
         self._predicted[r] = found
         return found
 
+    def corrects(self, used: int) -> bool:
+        """A start-up step of too low an order is corrected even without the corrector: the next D is there anyway."""
+        return self.corrector or used < self.order
+
+    def long(self, r: int) -> bool:
+        """Whether the step goes by the variance of the data: longer than `_FULL`, not too fine, and not inversion."""
+        lam_s, lam_t = self.integrals.lam_s[r], self.integrals.lam_t[r]
+        falls = lam_s > lam_t >= _FINEST and not _LONGEST < lam_s / lam_t < math.inf
+        return self.law is not None and not self.full[r] and falls
+
+    def amend(self, r: int, alpha: float) -> Optional[Amend]:
+        """The correction of a long step by the evaluation at its end, where alpha is that."""
+        return self.law.amend(r, alpha) if self.long(r) and self.corrects(self.predict(r)[3]) else None
+
+    def reach(self, r: int, alpha: float, amended: bool) -> Tuple[float, Optional[Reach]]:
+        """Of step r, if it is long, the weight of its first difference and its bend by the variance; alpha is at its end."""
+        if not self.long(r):
+            return 0.0, None
+        nodes, used, line = self.nodes[r], self.predict(r)[3], 0.0
+        if used > 1:
+            line = alpha * self.kept[r][1] / (self.tau[nodes[0]] - self.tau[nodes[1]])
+        # The order is 1 without a choice after a step from lambda = infinity, which is no node of a polynomial.
+        measured = amended and self.order > 1 and (used > 1 or len(nodes) == 1)
+        return line, self.law.reach(r, alpha) if measured else None
+
     def correct(self, r: int) -> Optional[Correction]:
         """Of the polynomial through the newest nodes of the predictor and the new one."""
         flat, bend, _, used = self.predict(r)
-        # A start-up step of too low an order is corrected even without the corrector: the next D is there anyway.
-        if not (self.corrector or used < self.order):
+        if self.long(r) or not self.corrects(used):
             return None
         new, nodes, tau, coef = self.now[r] + 1, self.nodes[r][:used], self.tau, self.coef[r]
         if not math.isfinite(tau[nodes[0]]):
@@ -543,6 +663,65 @@ def _sum(a: Mapping[int, float], b: Mapping[int, float]) -> Dict[int, float]:
     for e, w in b.items():
         out[e] = out.get(e, 0.0) + w
     return out
+
+
+class _Law:
+    """The long steps' `Amend` and `Reach`, from the law that Gaussian data follow."""
+
+    def __init__(self, integrals: StepIntegrals, now: Sequence[int], lost: float):
+        lam_s, lam_t, far = integrals.lam_s, integrals.lam_t, np.isinf(integrals.lam_s)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            rho2 = np.exp(2.0 * integrals.log_rho)
+            # k of the correction in lambda_s = 1: q = lambda_t, b = rho q, noise = q^2 (1 - rho^2).
+            q = np.where(far, 0.0, lam_t / lam_s)
+            b, noise = np.exp(integrals.log_ratio), q * q * (1.0 - rho2)
+            self.near = 0.5 * (1.0 - b)
+            # v -> infinity: (1 - k) (1 + q^2 - 2 b - k (1 - q^2)) = noise.
+            self.far = np.where(far, 1.0, _lower_root(1.0 - q * q, 2.0 * b - 2.0, 1.0 + q * q - 2.0 * b - noise))
+            # v = lambda_s lambda_t, and lambda_t^2 from lambda = infinity, where k = sqrt(v + q^2) (sqrt(v + q^2) - q) / v.
+            j_t, j_s = 1.0 / (1.0 + q), q / (1.0 + q)
+            hold, var_s, var_t = b + (1.0 - b) * j_s, 1.0 + q, q * (1.0 + q)
+            middle = _lower_root(var_t * j_t ** 2 - var_s * j_s ** 2, 2.0 * (var_s * hold * j_s - var_t * j_t),
+                                 var_t - var_s * hold ** 2 - noise)
+            middle = np.where(far, 2.0 - math.sqrt(2.0), middle)
+            matched = np.where(far, lam_t ** 2, lam_s * lam_t)
+            self.turn = matched * (self.far - middle) / (middle - self.near)
+            # Without a measurement; most of the way from infinity D does not change.
+            self.usual = np.where(far, 0.25, 1.0) * matched
+            # The part of the last change that goes on.
+            goes = np.maximum(0.0, 1.0 - np.exp(integrals.log_ratio - 2.0 * integrals.log_rho))
+            self.goes = np.where(goes > 0, goes ** 2 / (goes ** 2 + 1.0 - rho2), 0.0)
+            length = np.log(lam_s) - np.log(lam_t)
+            self.drift = np.where(far, 0.0, np.maximum(0.0, 1.0 + integrals.log_rho / length))
+        self.integrals, self.level, self.measure = integrals, lam_t ** 2, lam_t >= lost
+        self.row = {e: r for r, e in enumerate(now)}
+        self.now = now
+        self._moves: Optional[Tuple[np.ndarray, np.ndarray]] = None
+
+    def amend(self, r: int, alpha: float) -> Amend:
+        """Of step r, at whose end alpha is that."""
+        return Amend(alpha, float(self.level[r]), alpha * float(self.near[r]), alpha * float(self.far[r]),
+                     float(self.turn[r]), float(self.usual[r]), bool(self.measure[r]))
+
+    def reach(self, r: int, alpha: float) -> Reach:
+        """Of step r after the step before it, both long."""
+        if self._moves is None:
+            lam, lam_s = self.integrals.lam_nodes, self.integrals.spread(self.integrals.lam_s)
+            with np.errstate(invalid="ignore", over="ignore"):
+                self._moves = (self.integrals.integrate(-1.0 / lam),
+                               self.integrals.integrate(-lam ** 2 * (lam_s ** 2 + lam ** 2) ** -1.5))
+        before = self.row[self.now[r] - 1]
+        s, last = float(self.integrals.lam_s[r]), float(self.integrals.lam_s[before])
+        most = float(self._moves[0][r]) / (1.0 / s - 1.0 / last)
+        middle = float(self._moves[1][r]) / ((2.0 * s * s) ** -0.5 - (s * s + last * last) ** -0.5)
+        # All of the change from lambda = infinity, where D is the mean of the data, is an answer to the state.
+        goes = self.drift[r] if math.isinf(last) else self.goes[before]
+        return Reach(alpha * most * float(goes), s * s * middle / (most - middle))
+
+
+def _lower_root(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """The smaller root of a k^2 + b k + c, b < 0, also where a is 0."""
+    return 2.0 * c / (-b + np.sqrt(np.maximum(b * b - 4.0 * a * c, 0.0)))
 
 
 class _Published:
@@ -587,6 +766,14 @@ class _Published:
     def correct(self, r: int) -> Optional[Correction]:
         """Nothing: the published formulas have no corrector."""
         return None
+
+    def amend(self, r: int, alpha: float) -> Optional[Amend]:
+        """Nothing either."""
+        return None
+
+    def reach(self, r: int, alpha: float, amended: bool) -> Tuple[float, Optional[Reach]]:
+        """Nor this."""
+        return 0.0, None
 
 
 def _distinct(tau: Sequence[float], now: int, nxt: int, order: int) -> List[int]:

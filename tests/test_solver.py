@@ -176,20 +176,19 @@ def test_variance_of_the_default_at_few_steps(process, share, steps):
 
 
 def test_noisy_steps_do_not_amplify_high_order_differences():
-    """Guidance 4, 10 steps of the reverse-time SDE on digits: the pictures end near data, as comfyui's do.
+    """Guidance 4, 10 steps of the reverse-time SDE on digits: the pictures end at the distance that data has from the means.
 
-    Taking third differences of evaluations whose noise is mostly fresh left blotches at four times the distance.
+    comfyui's end nearer, having lost a fifth of that distance.  Taking third differences of evaluations whose noise is
+    mostly fresh left blotches at four times the distance.
     """
     model = digits(guidance=4.0)
     keep = torch.arange(0, len(model.means), 8)
     model.means, model.std, model.weights, model.label = (
         v[keep] for v in (model.means, model.std, model.weights, model.label))
     x = model.start(64, 14.6, torch.Generator().manual_seed(1))
-    far = {}
-    for method in ("exact", "comfyui"):
-        out = sample(model, x, karras(10), noise_scale="sde", method=method, extra_args={"seed": 1})
-        far[method] = (torch.cdist(out, model.means).min(1).values / 8).square().mean().sqrt().item()
-    assert far["exact"] <= 1.05 * far["comfyui"]
+    out = sample(model, x, karras(10), noise_scale="sde", extra_args={"seed": 1})
+    far = (torch.cdist(out, model.means).min(1).values / 8).square().mean().sqrt().item()
+    assert 0.8 * model.std[0] < far < 1.05 * model.std[0]
 
 
 def published(model, x, sigmas, noise, scale, process, points):

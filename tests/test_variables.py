@@ -72,7 +72,7 @@ def test_variance_of_comfyui_and_of_many_steps():
     """The recursion's variance is exact in the limit, and a wrong one is told from a right one at few steps."""
     row = Row("lambda", 3, True, True)
     assert abs(variables.variance(row, "ve", 200, "sde_5", 1.0)) < 2e-3
-    assert variables.variance(COMFYUI, "ve", 6, "sde_5", 1.0) < variables.variance(row, "ve", 6, "sde_5", 1.0) < 0
+    assert variables.variance(COMFYUI, "ve", 6, "sde_5", 1.0) < -0.2 < variables.variance(row, "ve", 6, "sde_5", 1.0) < 0.05
 
 
 def test_a_run_that_becomes_infinite_has_a_finite_ratio():

@@ -146,7 +146,8 @@ def test_weights_of_a_constant_denoiser(method, process, scale):
 def test_last_step_returns_the_denoiser():
     step = plan([10.0, 3.0, 1.0, 0.0], scale="sde_5", eta=1.0).steps[-1]
     assert step.last and step.x_scale == 0 and step.evaluations == ((0, 1.0),) and step.noise == 0
-    assert step.settle is not None
+    assert step.amend is not None and step.settle is None
+    assert plan([10.0, 1.4, 1.0, 0.0]).steps[-1].settle is not None
     assert plan([10.0, 3.0, 1.0, 0.0], scale="sde_5", eta=1.0, corrector=False).steps[-1].settle is None
     assert plan([10.0, 0.0]).steps[-1].settle is None
 
