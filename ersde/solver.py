@@ -122,7 +122,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             x.add_(check_tensor_like(f"what noise_sampler returns (step {i})", noise(i), x), alpha=step.noise)
         base = None
         if step.line or step.reach is not None:
-            bent = _reached(step, trust, inverse, one)
+            bent = _reached(step, trust, inverse)
             for change, weight in zip(changes, bent):
                 x.addcmul_(_like(change, x), _like(weight, x))
         elif step.bend:
@@ -189,7 +189,7 @@ def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: L
     return x + found, denoised, score, inverse
 
 
-def _reached(step: Step, trust: Optional[Tensor], inverse: Optional[Tensor], one: Tensor) -> List[Tensor]:
+def _reached(step: Step, trust: Optional[Tensor], inverse: Optional[Tensor]) -> List[Tensor]:
     """The weights of a long step's bend on R_0, R_1, ..., one number per picture each."""
     if step.reach is None:
         return [trust * weight for weight in step.bend]
@@ -219,10 +219,9 @@ def _trust(denoised: Tensor, changes: Sequence[Tensor], step: Step, one: Tensor)
 
 def _bent(x: Tensor, changes: Sequence[Tensor], bend: Sequence[float], trust: Tensor) -> Tensor:
     """x + trust * sum of bend_j R_j, a new tensor of x's dtype."""
-    trust = trust.to(x.dtype) if trust.dtype != x.dtype else trust
-    out = x
+    trust, out = _like(trust, x), x
     for change, weight in zip(changes, bend):
-        change = change.to(x.dtype) if change.dtype != x.dtype else change
+        change = _like(change, x)
         out = torch.addcmul(x, change, trust, value=weight) if out is x else out.addcmul_(change, trust, value=weight)
     return out
 
