@@ -249,15 +249,19 @@ class Left:
 
     history: History
     model: Callable[[], object]         # a weak reference: a latent must not keep a model in memory
-    guided_by: tuple
+    positive: list
+    negative: list
+    cfg: float
 
     @classmethod
     def of(cls, history, model, *guided_by):
-        return cls(history.to("cpu"), weakref.ref(model), guided_by)
+        """What a part leaves that ran with this model, positive, negative and cfg."""
+        return cls(history.to("cpu"), weakref.ref(model), *guided_by)
 
-    def fits(self, model, *guided_by) -> bool:
-        return self.model() is model and all(a is b or a == b and isinstance(a, float) for a, b in
-                                             zip(self.guided_by, guided_by))
+    def fits(self, model, positive, negative, cfg) -> bool:
+        """Whether a part with these goes on from it; conditions hold tensors, and count as the same where they are the host's
+        very object."""
+        return self.model() is model and self.positive is positive and self.negative is negative and self.cfg == cfg
 
 
 def sample_latent(settings: Settings, model, seed, steps, cfg, scheduler, positive, negative, latent, denoise=1.0, *,

@@ -97,7 +97,7 @@ def test_chained_halves_are_the_whole_run(comfy, model, preset):
 @pytest.mark.parametrize("model", BOTH)
 @pytest.mark.parametrize("preset", ["sde_5", "sde", "few_steps", "comfyui"])
 def test_parts_with_what_the_latent_carries_are_the_whole_run(comfy, model, preset):
-    """Our advanced node in two parts and in three, at full order; with another cfg it is another run."""
+    """Our advanced node in two parts and in three, at full order; with another cfg or prompt it is another run."""
     prompt = workflow(model)
     noise = {"noise": "cpu"} if preset == "comfyui" else {}        # the host's own generator would start anew in each part
     add_ours(prompt, "whole", preset, **noise)
@@ -108,10 +108,13 @@ def test_parts_with_what_the_latent_carries_are_the_whole_run(comfy, model, pres
     add_part(prompt, "two", preset, latent_image=head, start_at_step=3, **rest)
     add_part(prompt, "three", preset, latent_image=middle, start_at_step=6, **rest)
     add_part(prompt, "another cfg", preset, latent_image=head, start_at_step=3, cfg=2.0, **rest)
+    text = add(prompt, "other text", "CLIPTextEncode", clip=["model", 1], text="a green bicycle")
+    add_part(prompt, "another prompt", preset, latent_image=head, start_at_step=3, positive=text, **rest)
     pictures = comfy.pictures(prompt)
     for name in ("two", "three"):
         assert difference(pictures[name], pictures["whole"]) <= 1, name
-    assert difference(pictures["another cfg"], pictures["whole"]) > 1
+    for name in ("another cfg", "another prompt"):
+        assert difference(pictures[name], pictures["whole"]) > 1, name
 
 
 @pytest.mark.parametrize("model", BOTH)
