@@ -30,6 +30,7 @@ def _schema(node_id, display_name, category, description, inputs, outputs, alias
 
 
 def _preset_input():
+    """The list of presets, built in and the person's own."""
     # One short line each: the page cuts a tooltip that is higher than its window.
     lines = "\n".join(f"{name}: {preset.description.partition(':')[0].lower()}" for name, preset in PRESETS.items())
     return io.Combo.Input("preset", options=comfyui.preset_names(), default="sde_5", tooltip=(
@@ -308,4 +309,5 @@ class Extension(ComfyExtension):
 
 
 async def comfy_entrypoint():
+    """What the host asks for its extension."""
     return Extension()
