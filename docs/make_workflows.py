@@ -110,7 +110,7 @@ def few_steps():
 {GET_SD15}
 
 Eight steps: the preset `few_steps` beside ComfyUI's own `er_sde`. It adds no noise, since a run that short cannot smooth it
-out again, and uses the highest order that each step can be trusted with.
+out again; each long step goes by the variance that the picture itself shows, at no model call.
 
 Also for distilled and Turbo models at 4 to 8 steps: put in their checkpoint and cfg (1 to 2).""")
     g.checkpoint(SD15)

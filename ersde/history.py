@@ -66,7 +66,8 @@ class History:
                 past.memory.x.shape != x.shape or \
                 (past.sigmas[0] - past.sigmas[-1]) * (sigmas[0] - sigmas[-1]) < 0:
             return None
-        old, new = past.memory.x.to(x).double(), x.detach().double()
+        wide = torch.promote_types(x.dtype, torch.float32)       # not float64, which Apple's GPUs have not got
+        old, new = past.memory.x.to(x).to(wide), x.detach().to(wide)
         return past if (new - old).norm() <= _NEAR * old.norm() else None
 
     def run(self, x: Tensor, sigmas: np.ndarray, etas: np.ndarray, rule: Tuple, make: Callable[..., Plan],

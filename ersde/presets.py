@@ -118,8 +118,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset
     Preset("comfyui", method="comfyui", corrector=False, label="ComfyUI compatible", description=(
         "Pictures shared from ComfyUI's er_sde: its formulas with their 200-point sums, to make such a picture again.")),
     Preset("few_steps", "ode", eta=0.0, order=4, label="few steps", description=(
-        "For 4 to 10 steps: no noise, since a run that short cannot smooth it out again, and the highest order that long "
-        "steps can use, as far as each can be trusted.")),
+        "For 4 to 10 steps: no noise, since a run that short cannot smooth it out again; long steps go by the variance that "
+        "each picture shows, short ones by up to order 4.")),
     Preset("flat", "sde_5", eta=0.5, s_noise=1.0, end=0.7, label="flat colours", description=(
         "For anime, logos and sharp lines: half the published noise and none in the last 30 % of the schedule, where it "
         "would leave grain on even areas.")),

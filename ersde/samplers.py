@@ -118,7 +118,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     if len(values) < 2:
         return x
     start, end = window(values) if callable(window) else _checked_window(window)
-    etas = np.where((values[:-1] <= start) & (values[:-1] > end), eta, 0.0)
+    etas = etas_in_window(values, eta, start, end)
     if process.name == "flow" and method == "comfyui" and values[0] >= 1.0:
         sigmas = torch.as_tensor(sigmas).clone()
         sigmas[0] = start_below_one(values, hosts.first_flow_sigma(model))[0]
@@ -161,6 +161,11 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         return go(make(values, etas), x)
     rule = (process.name, noise_scale, order, corrector, method, guidance is None)
     return history.run(x, values, etas, rule, make, go)
+
+
+def etas_in_window(values: np.ndarray, eta: float, start: float, end: float) -> np.ndarray:
+    """The eta of each step over the sigmas `values`: 0 outside the stochastic window start >= sigma > end."""
+    return np.where((values[:-1] <= start) & (values[:-1] > end), eta, 0.0)
 
 
 def _checked_window(window) -> Tuple[float, float]:

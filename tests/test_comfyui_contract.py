@@ -637,6 +637,15 @@ def test_cfg_pp_without_an_unconditional_prediction_is_one_sentence(host):
 NAMES = [*(f"ersde_{name}" for name in PRESETS), "ersde_sde_5_cfg_pp", "ersde_ode_cfg_pp"]
 
 
+def test_names_that_workflows_hold_are_never_renamed():
+    """By name, not by what there is now: entries may be added, none changed."""
+    published = ("sde_5", "ode", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "comfyui", "few_steps", "flat", "texture",
+                 "sde_5_cfg_pp", "ode_cfg_pp")
+    assert {f"ersde_{name}" for name in published} <= set(NAMES)
+    assert {"ode", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "sde_5"} <= set(NOISE_SCALES)
+    assert {"auto", "cpu", "device", "brownian", "comfyui"} <= set(comfyui.NOISE_NAMES)
+
+
 def test_the_presets_are_appended_in_place_once_and_replace_nothing(host):
     names = host.samplers.KSampler.SAMPLERS
     before = dict(vars(host.sampling))

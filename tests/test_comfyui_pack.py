@@ -123,5 +123,9 @@ def test_pyproject_is_complete_for_the_registry():
     assert project["dependencies"] == []            # nothing is installed over a host's own
     assert project["description"] and project["readme"] == "README.md" and project["license"] == {"file": "LICENSE"}
     assert project["requires-python"] == ">=3.10" and "Operating System :: OS Independent" in project["classifiers"]
-    assert comfy["DisplayName"] and comfy["requires-comfyui"] == ">=0.3.64"
+    assert len(project["name"]) < 100 and comfy["DisplayName"] and comfy["requires-comfyui"] == ">=0.3.64"
     assert FILES and (ROOT / "LICENSE").is_file()
+    # What only the publisher knows: there to be filled in, empty or as the registry takes it.
+    assert re.fullmatch(r"|[a-z0-9][a-z0-9-]*", comfy["PublisherId"])
+    for address in (comfy["Icon"], *(project["urls"][name] for name in ("Repository", "Documentation", "Bug Tracker"))):
+        assert re.fullmatch(r"|https://\S+", address), address

@@ -43,7 +43,8 @@ def sampling(host, monkeypatch):  # noqa: F811
         (torch.logspace(1.1, -1.3, steps), torch.zeros(1))))
 
 
-POSITIVE, NEGATIVE = ["a"], ["b"]
+# As the host's conditions are: lists with tensors in them, which cannot be compared as a whole.
+POSITIVE, NEGATIVE = ([[torch.full((1, 77, 8), value), {}]] for value in (1.0, -1.0))
 
 
 def run(model, latent, start=0, end=None, preset="sde_5", positive=POSITIVE, cfg=7.0, add_noise=None, **changes):
@@ -88,7 +89,7 @@ def test_what_is_not_the_same_run_starts_anew(sampling):
     part = run(model, latent(), 0, 4)
     assert not torch.equal(run(model, part, 4)["samples"], ramp(model, part))
     assert torch.equal(run(other, part, 4)["samples"], ramp(other, part))
-    assert torch.equal(run(model, part, 4, positive=["a"])["samples"], ramp(model, part))
+    assert torch.equal(run(model, part, 4, positive=[[torch.ones(1, 77, 8), {}]])["samples"], ramp(model, part))
     assert torch.equal(run(model, part, 4, cfg=6.0)["samples"], ramp(model, part))
     changed = {**part, "samples": part["samples"] * 1.1}
     assert torch.equal(run(model, changed, 4)["samples"], ramp(model, changed))

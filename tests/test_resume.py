@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import flow_schedule, gaussian, karras, rms, separated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ersde
 from ersde import NOISE_SCALES, PRESETS, History
@@ -204,3 +205,28 @@ def test_every_dtype_in_parts_is_the_whole(dtype):
         whole = sample(model, x.to(dtype), sigmas, preset)
         assert whole.dtype == dtype
         assert torch.equal(in_parts(model, x.to(dtype), sigmas, preset, (2, 4, 7)), whole)
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes the dtypes of all tensors of a shape that are made."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.seen = shape, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == self.shape:
+            self.seen.add(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("preset", ["sde_5", "few_steps"])
+def test_parts_need_no_float64_of_the_device(preset):
+    """Apple's GPUs have none."""
+    x, sigmas, history = torch.randn(2, 4, 3, 3) * 14, karras(STEPS).float(), History()
+    with Dtypes(x.shape) as dtypes:
+        for part in (sigmas[:5], sigmas[4:]):
+            x = ersde.sample_preset(lambda x, sigma: torch.tanh(x), x, part, preset, disable=True, history=history,
+                                    noise_sampler=lambda *_: torch.ones_like(x))
+    assert dtypes.seen - {torch.bool} == {torch.float32}

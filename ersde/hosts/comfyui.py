@@ -20,7 +20,7 @@ from ..history import History
 from ..noise import NOISES, make_noise
 from ..noise_scale import NOISE_SCALES, NoiseScale, from_points, get_noise_scale, parse_points
 from ..presets import PRESETS, Preset, all_presets, from_json, get_preset, save_preset, to_dict, user_presets_path
-from ..samplers import sample_preset
+from ..samplers import etas_in_window, sample_preset
 from ..weights import METHODS
 from . import first_flow_sigma, read_process, window_sigmas
 
@@ -126,6 +126,7 @@ def sampler_function(find: Callable[[], Settings]):
 
     def sample_ersde(model, x, sigmas, extra_args=None, callback=None, disable=None, *, eta=None, s_noise=None,
                      noise_sampler=None):
+        """Any of eta, s_noise and noise_sampler takes the place of the settings', as a caller of a name may ask for."""
         settings, extra_args = find(), dict(extra_args or {})
         changes = {name: value for name, value in (("eta", eta), ("s_noise", s_noise)) if value is not None}
         preset = settings.preset.replace(**changes) if changes else settings.preset
@@ -240,24 +241,27 @@ def schedule(model, scheduler, steps, denoise=1.0):
                                    denoise=denoise, model_options=model.model_options).sigmas
 
 
-_LEFT = "ersde_history"         # where a latent dictionary has what a part of a run leaves for the next
+_HANDOVER = "ersde_history"         # where a latent dictionary has what a part of a run leaves for the next
 
 
 @dataclass(frozen=True)
-class Left:
+class Handover:
     """A part's history, on the CPU, and what it is of: the model, its conditions and their strength."""
 
     history: History
     model: Callable[[], object]         # a weak reference: a latent must not keep a model in memory
-    guided_by: tuple
+    positive: list
+    negative: list
+    cfg: float
 
     @classmethod
     def of(cls, history, model, *guided_by):
-        return cls(history.to("cpu"), weakref.ref(model), guided_by)
+        """What a part leaves that ran with this model, positive, negative and cfg."""
+        return cls(history.to("cpu"), weakref.ref(model), *guided_by)
 
-    def fits(self, model, *guided_by) -> bool:
-        return self.model() is model and all(a is b or a == b and isinstance(a, float) for a, b in
-                                             zip(self.guided_by, guided_by))
+    def fits(self, model, positive, negative, cfg) -> bool:
+        """Whether a part with these goes on from it; conditions, which hold tensors, must be the very same object."""
+        return self.model() is model and self.positive is positive and self.negative is negative and self.cfg == cfg
 
 
 def sample_latent(settings: Settings, model, seed, steps, cfg, scheduler, positive, negative, latent, denoise=1.0, *,
@@ -297,16 +301,17 @@ def sample_latent(settings: Settings, model, seed, steps, cfg, scheduler, positi
     noise = comfy.sample.prepare_noise(image, seed, index) if add_noise else _no_noise(image)
     if index is not None:
         settings = replace(settings, batch_index=tuple(int(i) for i in index))
-    left, mine, history = out.pop(_LEFT, None), (model, positive, negative, float(cfg)), None
+    before, mine, history = out.pop(_HANDOVER, None), (model, positive, negative, float(cfg)), None
     if latent.get("noise_mask") is None:
-        history = left.history.to("cpu") if left is not None and not add_noise and left.fits(*mine) else History()
+        goes_on = before is not None and not add_noise and before.fits(*mine)
+        history = before.history.to("cpu") if goes_on else History()        # a copy: another sampler may go on from it too
     settings = replace(settings, history=history)
     out["samples"] = comfy.sample.sample_custom(
         model, noise, cfg, build_sampler(settings), sigmas, positive, negative, image, noise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed)
     if history:
-        out[_LEFT] = Left.of(history, *mine)
+        out[_HANDOVER] = Handover.of(history, *mine)
     return out
 
 
@@ -391,8 +396,7 @@ def plot(settings: Settings, model, scheduler, steps, denoise=1.0, sigmas=None):
     values = np.asarray(torch.as_tensor(sigmas).cpu(), dtype=np.float64)
     start, end = window_sigmas(seen, values, preset.start, preset.end)
     process = read_process(seen)
-    plan = charts.make_plot_plan(sigmas, process, scale,
-                                 np.where((values[:-1] <= start) & (values[:-1] > end), preset.eta, 0.0), preset.s_noise,
+    plan = charts.make_plot_plan(sigmas, process, scale, etas_in_window(values, preset.eta, start, end), preset.s_noise,
                                  preset.order, preset.corrector, preset.method, first_flow_sigma(seen))
     changed = preset.label if preset == all_presets()[0].get(preset.name) else f"{preset.label}, changed"
     title = f"{changed}: {preset.method}, order {preset.order}, eta {preset.eta:g}, s_noise {preset.s_noise:g}"

@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from comfy_host import MODELS, REPOSITORY, ComfyUI, add_host, make_base, stock_pictures, workflow
+from comfy_host import MODELS, REPOSITORY, ComfyUI, add_host, add_ours, make_base, stock_pictures, workflow
 from webui_host import put_in, running
 
 
@@ -15,12 +15,16 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def before(base):
-    """The host without the pack: (its nodes, {model: {sampler: picture}}, what it says to one of our sampler names)."""
+    """The host without the pack: (its nodes, {model: {sampler: picture}}, what it says to one of our sampler names and to
+    one of our nodes)."""
     assert [entry.name for entry in (base / "custom_nodes").iterdir()] == ["ersde_probe"]
     with ComfyUI(base) as comfy:
         prompt = workflow("flow")
         add_host(prompt, "named", "ersde_sde_5")
-        return comfy.nodes, {model: stock_pictures(comfy, model) for model in MODELS}, comfy.refusal(prompt)
+        nodes = workflow("flow")
+        add_ours(nodes, "picture", "sde_5")
+        return (comfy.nodes, {model: stock_pictures(comfy, model) for model in MODELS}, comfy.refusal(prompt),
+                comfy.post("/prompt", {"prompt": nodes}))
 
 
 @pytest.fixture(scope="session")

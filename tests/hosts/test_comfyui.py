@@ -109,6 +109,11 @@ def test_without_the_pack_a_workflow_with_our_name_is_refused_by_that_name(befor
     assert name == "sampler_name" and "ersde_sde_5" in details and "not in" in details
 
 
+def test_without_the_pack_a_workflow_with_our_node_is_refused_by_its_name(before):
+    status, body = before[3]
+    assert status == 400 and "ERSDE_KSampler" in body["error"]["message"] + body["error"]["details"], body
+
+
 @pytest.mark.parametrize("model", BOTH)
 @pytest.mark.parametrize("steps, scheduler, denoise, batch", [
     (8, "simple", 1.0, 1), (20, "karras", 1.0, 1), (3, "normal", 1.0, 1), (8, "beta", 0.6, 1), (8, "simple", 1.0, 2)])
