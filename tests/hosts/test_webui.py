@@ -178,7 +178,7 @@ def test_another_preset_is_that_presets_picture(server):
 
 
 @pytest.mark.parametrize("how, words", [
-    (with_settings([{"eta": -1}]), ["eta", "-1.0", "at least 0"]),
+    (with_settings([{"eta": -1}]), ["eta", "-1.0", "between 0 and 10"]),
     (with_settings([{"etta": 1}]), ["etta", "noise_scale"]),
     (with_settings(["gone"]), ["preset", "gone", "sde_5"]),
     (with_settings(["comfyui", "", "", "", 5]), ["order", "between 1 and 3"]),

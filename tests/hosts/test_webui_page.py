@@ -178,7 +178,7 @@ def test_the_curve_follows_the_controls(browser, server, theme):
     dark, light = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in sorted(colours))
     assert abs(dark - light) > 100, colours
     page.type("eta", "-1")
-    page.until(lambda: "at least 0" in page.curve().inner_text(), lambda: page.curve().inner_text())
+    page.until(lambda: "between 0 and 10" in page.curve().inner_text(), lambda: page.curve().inner_text())
     page.close()
 
 
