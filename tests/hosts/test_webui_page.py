@@ -116,13 +116,13 @@ class Page:
         self.until(lambda: f"Seed: {self.seeds}," in info.inner_text(), "no picture", 120)
         return info.inner_text()
 
-    def shoot(self, name):
+    def shoot(self, name, tab="txt2img"):
         """A picture of the page, and one of the accordion alone where that is open."""
         if os.environ.get("WEBUI_SCREENSHOTS"):
             os.makedirs(os.environ["WEBUI_SCREENSHOTS"], exist_ok=True)
             self.page.screenshot(path=os.path.join(os.environ["WEBUI_SCREENSHOTS"], name + ".png"))
-            if self.control("eta").is_visible():
-                self.page.locator("#script_txt2img_ersde_accordion").first.screenshot(
+            if self.control("eta", tab).is_visible():
+                self.page.locator(f"#script_{tab}_ersde_accordion").first.screenshot(
                     path=os.path.join(os.environ["WEBUI_SCREENSHOTS"], name + "_part.png"))
 
 
@@ -229,6 +229,9 @@ def test_sending_a_picture_on_takes_the_settings_along(page):
     page.generate()
     page.page.locator("#txt2img_send_to_img2img, #image_buttons_txt2img #img2img_tab").first.click()
     page.until(lambda: page.control("eta", "img2img").input_value() == "0.55", lambda: page.values("img2img"))
+    page.open("img2img")
+    page.until(lambda: "eta 0.55" in page.curve("img2img").inner_text(), lambda: page.curve("img2img").inner_text())
+    page.shoot("img2img", "img2img")
 
 
 @pytest.mark.parametrize("ours, words", [("ER-SDE eta: -3", "eta must be"), ("ER-SDE preset: gone", "preset must be one of"),
