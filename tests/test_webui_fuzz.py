@@ -6,7 +6,7 @@ import torch
 import webui_standin as standin
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from webui_standin import FakeModel, Processing, load_as_host, read_infotext, scripts_of, write_infotext
+from webui_standin import FakeModel, Processing, read_infotext, scripts_of, write_infotext
 
 from ersde import NOISE_SCALES, PRESETS, Preset
 from ersde.hosts import webui_page, webui_settings
@@ -104,10 +104,7 @@ def test_any_infotext_can_be_pasted(params, defaults):
 
 @pytest.fixture
 def host(monkeypatch, tmp_path):
-    monkeypatch.setenv("ERSDE_PRESETS", str(tmp_path / "none.json"))
-    modules = standin.install(monkeypatch)
-    modules["script"] = load_as_host()
-    return modules
+    return standin.start(monkeypatch, tmp_path)
 
 
 SIGMAS = torch.tensor([14.0, 3.0, 0.6, 0.0])

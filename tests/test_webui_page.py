@@ -21,10 +21,7 @@ BARE = {setting.label: setting.unset for setting in SETTINGS}
 
 @pytest.fixture
 def host(monkeypatch, tmp_path):
-    monkeypatch.setenv("ERSDE_PRESETS", str(tmp_path / "none.json"))
-    modules = standin.install(monkeypatch)
-    modules["script"] = load_as_host()
-    return modules
+    return standin.start(monkeypatch, tmp_path)
 
 
 def runner(host, **how):

@@ -15,7 +15,7 @@ from problems import published
 from webui_host import MARKS, choices, pixels, running
 
 from ersde import PRESETS, sample_preset
-from ersde.hosts.webui import PREFIX, sampler_name
+from ersde.hosts.webui_settings import PREFIX, sampler_name
 
 OURS = [sampler_name(preset) for preset in PRESETS.values()]
 

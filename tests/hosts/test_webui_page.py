@@ -13,8 +13,7 @@ import pytest
 from webui_host import MARKS, choices, pixels, wait_for
 
 from ersde import PRESETS
-from ersde.hosts.webui import PREFIX, sampler_name
-from ersde.hosts.webui_settings import AS_PRESET, SETTINGS
+from ersde.hosts.webui_settings import AS_PRESET, PREFIX, SETTINGS, sampler_name
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SDE, SDE_5, FLAT = (sampler_name(PRESETS[name]) for name in ("sde", "sde_5", "flat"))
