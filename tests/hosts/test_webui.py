@@ -4,6 +4,7 @@
 """
 import base64
 import io
+import json
 import os
 import threading
 import time
@@ -346,7 +347,7 @@ class Run:
             return self.evaluations[i]
 
         sampler(model, self.states[first], self.sigmas[first:])
-        return out
+        return torch.tensor(out)
 
 
 def by_library(preset, process="ve"):
@@ -359,17 +360,19 @@ def test_no_history_crosses_a_refiners_switch(server):
     if len(checkpoints(server)) < 2:
         pytest.skip("one checkpoint: no refiner")
     ode = sampler_name(PRESETS["ode"])
-    assert max(Run(server, ode, steps=10).difference(by_library("ode"))) < 1e-5
+    assert Run(server, ode, steps=10).difference(by_library("ode")).max() < 1e-5
     run = Run(server, ode, steps=10, refiner_checkpoint=refiner(server), refiner_switch_at=0.5)
     whole = run.difference(by_library("ode"))
-    switch = next(i for i, far in enumerate(whole) if far > 1e-3) - 1       # the first step that the history would change
-    assert 1 < switch < 8 and max(whole[:switch + 1]) < 1e-5
-    assert max(run.difference(by_library("ode"), first=switch)) < 1e-5
+    switch = int((whole > 1e-3).nonzero()[0]) - 1           # the first step that the history would change
+    assert 1 < switch < 8 and whole[:switch + 1].max() < 1e-5
+    assert run.difference(by_library("ode"), first=switch).max() < 1e-5
 
 
 def by_comfyui(seed, process):
     """ComfyUI's er_sde, from its formulas, with the noise of the host's generator for that seed."""
     def run(model, x, sigmas):
+        if process == "flow":       # where the schedule begins at 1, it starts at 0.01 % of it (here for a shift of 3)
+            sigmas = sigmas.clamp(max=1 - 1e-4 / 3)
         generator = torch.Generator().manual_seed(seed)
         noise = [torch.randn(x.shape[1:], generator=generator).double()[None] for _ in range(len(sigmas))]
         published(model, x, sigmas, noise[1:], lambda lam: lam * (torch.exp(lam ** 0.3) + 10.0), process, 200)
@@ -379,26 +382,23 @@ def by_comfyui(seed, process):
 
 def test_comfyui_compatible_is_comfyuis_latent_for_the_same_noise(server):
     run = Run(server, sampler_name(PRESETS["comfyui"]), steps=12)
-    assert len(run.states) == 12 and max(run.difference(by_comfyui(7, "ve"))) < 1e-5
-    assert max(run.difference(by_comfyui(8, "ve"))) > 1e-2
+    assert len(run.states) == 12 and run.difference(by_comfyui(7, "ve")).max() < 1e-5
+    assert run.difference(by_comfyui(8, "ve")).max() > 1e-2
 
 
 @pytest.mark.skipif(not os.environ.get("WEBUI_FLOW"), reason="WEBUI_FLOW is not set: no flow model to test with")
 def test_a_flow_model(server):
     """Each step is the flow process's own, and the infotext says that it is."""
-    how = {"steps": 12, "override_settings": {"sd_model_checkpoint": os.environ["WEBUI_FLOW"]}}
+    how = {"steps": 12, **json.loads(os.environ["WEBUI_FLOW"])}
     run = Run(server, sampler_name(PRESETS["ode"]), **how)
     assert ours(run.infotext) == {"ER-SDE process": "flow"} and run.sigmas.max() <= 1
-    assert max(run.difference(by_library("ode", "flow"))) < 1e-5
-    assert max(run.difference(by_library("ode", "ve"))) > 1e-2
+    assert run.difference(by_library("ode", "flow")).max() < 1e-5
+    assert run.difference(by_library("ode", "ve")).max() > 1e-2
     for preset in PRESETS:
         run = Run(server, sampler_name(PRESETS[preset]), **how)
         assert ours(run.infotext) == {"ER-SDE process": "flow"} and run.states.isfinite().all()
-    comfyui = sampler_name(PRESETS["comfyui"])
-    run = Run(server, comfyui, **how)
-    assert max(run.difference(by_comfyui(7, "flow"))) < 1e-5
-    # The base is back, and so is its process.
-    assert not ours(server.make_as(comfyui)[1][0])
+    run = Run(server, sampler_name(PRESETS["comfyui"]), **how)
+    assert run.difference(by_comfyui(7, "flow")).max() < 1e-5
 
 
 def test_zero_terminal_snr(server):
