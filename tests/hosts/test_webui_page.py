@@ -229,6 +229,10 @@ def test_sending_a_picture_on_takes_the_settings_along(page):
     page.page.locator("#txt2img_send_to_img2img, #image_buttons_txt2img #img2img_tab").first.click()
     page.until(lambda: page.control("eta", "img2img").input_value() == "0.55", lambda: page.values("img2img"))
     page.open("img2img")
+    sampler = page.page.locator("#img2img_sampling input").first        # the hosts leave the tab its own
+    sampler.click()
+    sampler.fill(SDE)
+    sampler.press("Enter")
     page.until(lambda: "eta 0.55" in page.curve("img2img").inner_text(), lambda: page.curve("img2img").inner_text())
     page.shoot("img2img", "img2img")
 
