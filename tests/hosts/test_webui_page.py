@@ -231,7 +231,7 @@ def test_sending_a_picture_on_takes_the_settings_along(page):
     page.open("img2img")
     sampler = page.page.locator("#img2img_sampling input").first        # the hosts leave the tab its own
     sampler.click()
-    sampler.fill(SDE)
+    sampler.fill(SDE_5)
     sampler.press("Enter")
     page.until(lambda: "eta 0.55" in page.curve("img2img").inner_text(), lambda: page.curve("img2img").inner_text())
     page.shoot("img2img", "img2img")
