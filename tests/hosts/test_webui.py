@@ -360,11 +360,12 @@ def test_no_history_crosses_a_refiners_switch(server):
     if len(checkpoints(server)) < 2:
         pytest.skip("one checkpoint: no refiner")
     ode = sampler_name(PRESETS["ode"])
-    assert Run(server, ode, steps=10).difference(by_library("ode")).max() < 1e-5
-    run = Run(server, ode, steps=10, refiner_checkpoint=refiner(server), refiner_switch_at=0.5)
+    assert Run(server, ode, steps=20).difference(by_library("ode")).max() < 1e-5
+    run = Run(server, ode, steps=20, refiner_checkpoint=refiner(server), refiner_switch_at=0.5)
     whole = run.difference(by_library("ode"))
     switch = int((whole > 1e-3).nonzero()[0]) - 1           # the first step that the history would change
-    assert 1 < switch < 8 and whole[:switch + 1].max() < 1e-5
+    # By part of the steps, of the schedule or, in Forge Neo, by the sigma: the hosts do not agree.
+    assert 1 < switch < 18 and whole[:switch + 1].max() < 1e-5
     assert run.difference(by_library("ode"), first=switch).max() < 1e-5
 
 
