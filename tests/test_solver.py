@@ -4,8 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import digits, flow_exact, flow_schedule, gaussian, karras, rms, separated
-from scipy.integrate import quad
+from problems import digits, flow_exact, flow_schedule, gaussian, karras, published, rms, separated
 
 import ersde
 from ersde.noise_scale import NOISE_SCALES, get_noise_scale
@@ -191,44 +190,6 @@ def test_noisy_steps_do_not_amplify_high_order_differences():
     assert 0.8 * model.std[0] < far < 1.05 * model.std[0]
 
 
-def published(model, x, sigmas, noise, scale, process, points):
-    """The published third order formulas written down again (vp_3 of the paper), integrals by `points` left points of a
-    Riemann sum in x's dtype, or adaptive quadrature for points = None."""
-    phi = get_noise_scale(scale).phi
-    kind = torch.float64 if points is None else x.dtype
-    sigmas = sigmas.to(kind)
-    alpha = 1 - sigmas if process == "flow" else torch.ones_like(sigmas)
-    lam = sigmas / alpha
-    d1 = old = None
-    for i in range(len(sigmas) - 1):
-        den = model(x, sigmas[i].to(x.dtype).expand(len(x)))
-        if sigmas[i + 1] == 0:
-            return den
-        s, t = lam[i], lam[i + 1]
-        p = (lambda v: phi(v).to(kind))
-        ratio = p(t) / p(s)
-        new = alpha[i + 1] / alpha[i] * ratio * x + alpha[i + 1] * (1 - ratio) * den
-        slope_now = None
-        if i >= 1:
-            if points is None:
-                first = quad(lambda v: float(phi(t)) / float(phi(v)), float(t), float(s), epsabs=1e-13, epsrel=1e-13)[0]
-                second = quad(lambda v: (v - float(s)) * float(phi(t)) / float(phi(v)), float(t), float(s), epsabs=1e-13,
-                              epsrel=1e-13)[0]
-            else:
-                at = t + torch.arange(points, dtype=kind) * (s - t) / points
-                first = (p(t) / p(at)).sum() * (s - t) / points
-                second = ((at - s) * p(t) / p(at)).sum() * (s - t) / points
-            slope_now = (den - old) / (s - lam[i - 1])
-            new = new + alpha[i + 1] * (t - s + first) * slope_now
-            if i >= 2:
-                bend = (slope_now - d1) / ((s - lam[i - 2]) / 2)
-                new = new + alpha[i + 1] * ((t - s) ** 2 / 2 + second) * bend
-        d1, old = slope_now, den
-        spread = (t ** 2 - s ** 2 * ratio ** 2).clamp(min=0).sqrt()
-        x = (new + alpha[i + 1] * spread * noise[i]).to(x.dtype)
-    return x
-
-
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("scale", ["sde", "sde_2", "sde_4", "sde_5"])
 def test_comfyui_and_paper_are_the_published_formulas(process, scale):
@@ -239,7 +200,7 @@ def test_comfyui_and_paper_are_the_published_formulas(process, scale):
     for method, points in (("comfyui", 200), ("paper", None)):
         draws = iter(noise)
         got = sample(model, x, sigmas, noise_scale=scale, method=method, noise_sampler=lambda *_: next(draws))
-        want = published(model, x, sigmas, noise, scale, process, points)
+        want = published(model, x, sigmas, noise, get_noise_scale(scale).phi, process, points)
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 

@@ -204,6 +204,10 @@ FLOW_MODELS = {
     "Forge": SPACE(predictor=SPACE(prediction_type="const")),
     "Forge, linked": SPACE(inner_model=SPACE(predictor=SPACE(prediction_type="const"))),
     "reForge": SPACE(inner_model=SPACE(forge_objects=SPACE(unet=SPACE(model=SPACE(model_sampling=FluxSampling()))))),
+    # Its script "Advanced Model Sampling" runs a U-Net as a flow model: its wrapper knows better than the U-Net.
+    "reForge, patched": SPACE(
+        model_patcher=SPACE(get_model_object={"model_sampling": FluxSampling()}.get),
+        inner_model=SPACE(forge_objects=SPACE(unet=SPACE(model=SPACE(model_sampling=object()))))),
 }
 VE_MODELS = {
     "AUTOMATIC1111": SPACE(inner_model=SPACE(parameterization="eps")),

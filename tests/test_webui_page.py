@@ -2,10 +2,12 @@
 import copy
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 import webui_standin as standin
+from problems import published
 from webui_standin import FakeModel, Processing, Runner, load_as_host, read_infotext, scripts_of, write_infotext
 
 from ersde import PRESETS, sample_er_sde, sample_preset
@@ -19,10 +21,7 @@ BARE = {setting.label: setting.unset for setting in SETTINGS}
 
 @pytest.fixture
 def host(monkeypatch, tmp_path):
-    monkeypatch.setenv("ERSDE_PRESETS", str(tmp_path / "none.json"))
-    modules = standin.install(monkeypatch)
-    modules["script"] = load_as_host()
-    return modules
+    return standin.start(monkeypatch, tmp_path)
 
 
 def runner(host, **how):
@@ -190,7 +189,7 @@ def test_the_api_takes_numbers_and_a_dict(host):
     torch.testing.assert_close(out, wanted, rtol=0, atol=0)
 
 
-BAD = [({"eta": "-1"}, ["eta", "-1.0", "at least 0"]), ({"preset": "gone"}, ["preset", "gone", "sde_5"]),
+BAD = [({"eta": "-1"}, ["eta", "-1.0", "between 0 and 10"]), ({"preset": "gone"}, ["preset", "gone", "sde_5"]),
        ({"order": "9"}, ["order", "between 1 and 5"]), ({"start": "0.9", "end": "0.1"}, ["start", "end"])]
 
 
@@ -348,40 +347,25 @@ def test_a_refiner_that_only_exchanges_the_weights(host):
 
 
 @pytest.mark.parametrize("steps", [6, 20])
-def test_comfyui_compatible_is_comfyuis_latent_for_the_same_noise(host, steps):
-    """Through the host's caller and its generators, against the published formulas with ComfyUI's sums."""
-    preset = PRESETS["comfyui"]
-    out, _ = run(host, sampler_name(preset), Processing(), steps=steps)
+@pytest.mark.parametrize("kind", ["ve", "flow", "flow from sigma 1"])
+def test_comfyui_compatible_is_comfyuis_latent_for_the_same_noise(host, kind, steps):
+    """Through the host's caller and its generators, against the published formulas with ComfyUI's sums of 200 points.
+
+    ComfyUI starts a flow model that begins at 1 where 0.01 % of its schedule are over, since lambda is infinite at 1.
+    """
+    process = kind.split()[0]
+    inner = types.SimpleNamespace(predictor=types.SimpleNamespace(prediction_type="const")) if process == "flow" else None
+    first = {"ve": 14.5, "flow": 0.98, "flow from sigma 1": 1.0}[kind]
+    sigmas = torch.cat([torch.linspace(first ** 0.5, 0.03 ** 0.5, steps) ** 2, torch.zeros(1)])
     p = Processing()
-    x = p.rng.next()
-    sigmas = torch.cat([torch.logspace(1.16, -1.5, steps), torch.zeros(1)])
-    want = comfyui(FakeModel(), x * sigmas[0], sigmas, p.rng.next)
-    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
-
-
-def comfyui(model, x, sigmas, noise):
-    """er_sde of order 3 in the notation of the paper (its equations with phi = lambda g, alpha = 1), sums of 200 points."""
-    phi = lambda lam: lam * (torch.exp(lam ** 0.3) + 10.0)
-    sigmas = sigmas.double()
-    x, old, old_slope = x.double(), None, None
-    for i in range(len(sigmas) - 1):
-        s, t = sigmas[i], sigmas[i + 1]
-        d = model(x.float(), s.float().expand(x.shape[0]), cond="prompt").double()
-        if t == 0:
-            return d.float()
-        ratio = phi(t) / phi(s)
-        change = ratio * x + (1 - ratio) * d
-        if old is not None:
-            grid = t + torch.arange(200) * (s - t) / 200
-            slope = (d - old) / (s - sigmas[i - 1])
-            change = change + (t - s + ((s - t) / 200 / phi(grid)).sum() * phi(t)) * slope
-            if old_slope is not None:
-                bend = (slope - old_slope) / ((s - sigmas[i - 2]) / 2)
-                change = change + ((t - s) ** 2 / 2 + (((grid - s) * (s - t) / 200 / phi(grid)).sum()) * phi(t)) * bend
-            old_slope = slope
-        old = d
-        x = change + noise().double() * torch.sqrt(t ** 2 - s ** 2 * ratio ** 2)
-    return x.float()
+    sampler = host["modules.sd_samplers"].create_sampler(sampler_name(PRESETS["comfyui"]), FakeModel(inner=inner))
+    out = sampler.sample(p, p.rng.next(), sigmas)
+    p = Processing()
+    x = p.rng.next() * sigmas[0]
+    sigmas[0] = sigmas[0].clamp(max=1 - 1e-4) if process == "flow" else sigmas[0]
+    want = published(partial(FakeModel(), cond="prompt"), x, sigmas, [p.rng.next() for _ in range(steps)],
+                     lambda lam: lam * (torch.exp(lam ** 0.3) + 10.0), process, 200)
+    assert (out - want).norm() <= 1e-5 * want.norm()
 
 
 def test_the_same_noise_is_the_same_latent_by_another_name(host):

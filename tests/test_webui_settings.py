@@ -36,9 +36,10 @@ BAD = [
     ("preset", "nonsense", ["preset", "nonsense", "sde_5"]), ("preset", 3, ["preset", "3"]),
     ("preset", ["flat"], ["preset"]),
     ("noise_scale", "sde_7", ["noise scale", "sde_7", "did you mean"]), ("noise_scale", 5, ["noise scale", "5"]),
-    ("eta", -0.1, ["eta", "-0.1", "at least 0"]), ("eta", "abc", ["eta", "number", "'abc'"]),
+    ("eta", -0.1, ["eta", "-0.1", "between 0 and 10"]), ("eta", 10.5, ["eta", "10.5", "between 0 and 10"]),
+    ("eta", "abc", ["eta", "number", "'abc'"]),
     ("eta", "0,3", ["eta", "'0,3'"]),
-    ("eta", "nan", ["eta", "finite"]), ("eta", True, ["eta", "True"]), ("eta", {}, ["eta", "number"]),
+    ("eta", "nan", ["eta", "nan", "between 0 and 10"]), ("eta", True, ["eta", "True"]), ("eta", {}, ["eta", "number"]),
     ("s_noise", "-1", ["s_noise", "-1.0"]), ("order", 0, ["order", "between 1 and 5"]), ("order", "2.5", ["order", "2.5"]),
     ("order", "inf", ["order", "inf"]), ("order", "nan", ["order", "nan"]), ("order", True, ["order", "True"]),
     ("corrector", "perhaps", ["corrector", "perhaps", "on"]), ("corrector", 2, ["corrector", "2"]),
@@ -79,7 +80,9 @@ def test_the_samplers_own_preset_is_the_one_it_was_listed_with():
 
 def test_arguments_are_in_order_or_one_dict():
     assert settings.from_arguments(["flat", AS_PRESET, "0.3"]) == {"preset": "flat", "noise_scale": AS_PRESET, "eta": "0.3"}
-    assert settings.from_arguments([{"eta": 0.3}, "", ""]) == {"eta": 0.3}
+    assert settings.from_arguments([{"eta": 0.3}]) == {"eta": 0.3}
+    assert settings.from_arguments([{"eta": 0.3, "preset": "flat"}, "sde", 0.5]) == {
+        "preset": "flat", "noise_scale": "sde", "eta": 0.3}
     assert settings.from_arguments([]) == {}
     assert list(settings.from_arguments(range(8))) == [setting.field for setting in SETTINGS]
 

@@ -5,6 +5,9 @@
     WEBUI_ARGS          further flags for launch.py, e.g. "--always-cpu" for Forge, "--cpu" for Forge Neo
     WEBUI_CHECKPOINT    the checkpoint's name, else the first one it finds
     WEBUI_REFINER       another checkpoint of the same kind, else the first other one
+    WEBUI_FLOW          what makes a request one of a flow model, as JSON, if there is such a thing; run its test by itself
+                        {"override_settings": {"sd_model_checkpoint": "a flow model"}}      AUTOMATIC1111, Forge, Neo
+                        {"alwayson_scripts": {"Advanced Model Sampling for reForge": {"args": [true, "SD3", ...]}}}
     WEBUI_TIMEOUT       seconds to wait for the start, else 300
 
 The host gets a data folder of its own (settings, extensions, outputs), so that it starts as if new; its models are

@@ -363,3 +363,11 @@ def load_as_host(path=SCRIPT):
         return module
     finally:
         sys.path = before
+
+
+def start(monkeypatch, tmp_path):
+    """The stand-in's modules by name, with the pack's script loaded as "script"; no presets of a person's own."""
+    monkeypatch.setenv("ERSDE_PRESETS", str(tmp_path / "none.json"))
+    modules = install(monkeypatch)
+    modules["script"] = load_as_host()
+    return modules

@@ -7,7 +7,11 @@ import numpy as np
 
 
 def _model_sampling(model):
-    """ComfyUI's and reForge's model_sampling object behind a sampler's `model`, or None.  Source: hosts.md."""
+    """ComfyUI's and reForge's model_sampling object behind a sampler's `model`, or None.
+
+    ComfyUI's wrapper has a model_patcher, which knows of what nodes exchange; so has the one that reForge's script "Advanced
+    Model Sampling" puts in.  reForge's own wrappers hold the A1111 model, and that its forge_objects.
+    """
     inner = getattr(model, "inner_model", None)
     patcher = getattr(inner, "model_patcher", None)
     if patcher is not None and hasattr(patcher, "get_model_object"):

@@ -12,9 +12,7 @@ from ..presets import Preset, all_presets
 from ..samplers import sample_preset
 from . import read_process
 from . import webui_settings as settings
-from .webui_settings import PREFIX, SETTINGS, sampler_name
-
-__all__ = ["PREFIX", "host_noise", "register", "sampler_entry", "sampler_function", "sampler_name", "start"]
+from .webui_settings import SETTINGS, sampler_name
 
 _MARK = "ersde_preset"      # on an entry's constructor: tells our entries from anybody else's, also after a re-import
 HIDDEN = "ersde_hidden"     # the settings page's list of entries to leave out of the sampler list
@@ -208,12 +206,11 @@ def start():
     """
     from . import webui_page
 
-    last = None
+    made = {}
     for what, part in (("settings page", webui_page.add_settings), ("samplers", register),
                        ("axes, no pasting", webui_page.add_callbacks), ("accordion", webui_page.script_class)):
         try:
-            last = part()
+            made[what] = part()
         except Exception as error:      # whatever it is, the WebUI must start
             say(f"no {what}: {type(error).__name__}: {error}")
-            last = None
-    return last
+    return made.get("accordion")

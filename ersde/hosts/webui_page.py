@@ -179,5 +179,3 @@ def script_class():
 
     return ErSde
 
-
-__all__ = ["TITLE", "add_axes", "add_callbacks", "add_settings", "fill_in", "script_class", "shown"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Callable, Dict, Iterable, Mapping, Optional, Tuple
 
-from ..errors import check_bool, check_choice, check_int, check_real
+from ..errors import check_bool, check_choice, check_int, check_real, shown
 from ..noise_scale import NOISE_SCALES
 from ..presets import FIELDS, PRESETS, Preset
 from ..weights import MAX_ORDER
@@ -21,6 +21,9 @@ AS_PRESET = "as the sampler's preset"
 PREFIX = "ER-SDE "
 """What every name of ours begins with: samplers, infotext labels, axes.  Hosts that have a sampler of this family call it
 `ER SDE`: no hyphen."""
+
+MOST = 10.0
+"""The most that eta and s_noise may be, as in the ComfyUI nodes: more is a slip of the hand, or of another version."""
 
 PROCESS_LABEL = PREFIX + "process"
 OWN_LABEL = PREFIX + "own preset"
@@ -46,10 +49,10 @@ def _number(name: str, value):
     try:
         return float(value)
     except ValueError:
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
+        raise ValueError(f"{name} must be a number, got {shown(value)}") from None
 
 
-def _real(high: float = float("inf")) -> Callable:
+def _real(high: float) -> Callable:
     return lambda name, value, presets: check_real(name, _number(name, value), 0.0, high)
 
 
@@ -104,13 +107,13 @@ class Setting:
 SETTINGS: Tuple[Setting, ...] = (
     Setting("preset", "preset", "settings of another preset than the sampler's", _read_preset,
             lambda presets: list(presets), str),
-    Setting("noise_scale", "noise scale", "which member of the family is solved",
+    Setting("noise_scale", "noise scale", "how much noise, and when: ode none, sde_3 most",
             lambda name, value, presets: check_choice(name, value, NOISE_SCALES), lambda presets: list(NOISE_SCALES), str),
-    Setting("eta", "eta", "0: no noise (ODE), 1: as published, or more", _real()),
-    Setting("s_noise", "s_noise", "factor of the noise, from 0", _real()),
-    Setting("order", "order", "evaluations a step interpolates at most", _read_order,
+    Setting("eta", "eta", "0: no noise (ODE), 1: as published, more: more noise", _real(MOST)),
+    Setting("s_noise", "s_noise", "factor of the noise; 1 is right in theory", _real(MOST)),
+    Setting("order", "order", "evaluations to interpolate; long steps use fewer", _read_order,
             lambda presets: [str(order) for order in range(1, MAX_ORDER + 1)], int),
-    Setting("corrector", "corrector", "an evaluation also corrects the step before", _read_corrector,
+    Setting("corrector", "corrector", "each evaluation also corrects the step before", _read_corrector,
             lambda presets: ["on", "off"], str),
     Setting("start", "noise start", "no noise before this part of the schedule", _real(1.0)),
     Setting("end", "noise end", "none after it; 0: all noise, 1: the picture", _real(1.0)),
@@ -142,14 +145,15 @@ def read(field: str, value, presets: Mapping[str, Preset] = PRESETS):
 
 
 def from_arguments(arguments: Iterable) -> Dict[str, object]:
-    """The script's arguments as {field: value}: one for each setting in their order, or one dict in the first place.
+    """The script's arguments as {field: value}: one for each setting in their order, or a dict in the first place, which
+    goes before what comes behind it.
 
     Nothing is checked yet.
     """
-    arguments = list(arguments)
-    if arguments and isinstance(arguments[0], dict):
-        return dict(arguments[0])
-    return dict(zip(_BY_FIELD, arguments))
+    given = dict(zip(_BY_FIELD, arguments))
+    if isinstance(given.get("preset"), dict):
+        given.update(given.pop("preset"))
+    return given
 
 
 def apply(sampler: Preset, places: Mapping[str, Mapping[str, object]], presets: Mapping[str, Preset]) -> Preset:

@@ -1,6 +1,8 @@
 """One ComfyUI and one WebUI for all the tests of a session: either takes a while to start."""
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from comfy_host import MODELS, REPOSITORY, ComfyUI, add_host, add_ours, make_base, stock_pictures, workflow
@@ -46,8 +48,11 @@ def comfy(installed):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The WebUI with the pack."""
+    """The WebUI with the pack, and with a script that tells what the network was asked."""
     data = tmp_path_factory.mktemp("webui") / "with"
     put_in(data)
+    probe = data / "extensions" / "ersde_probe" / "scripts"
+    probe.mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("webui_probe.py"), probe)
     with running(data) as server:
         yield server

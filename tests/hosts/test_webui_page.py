@@ -13,8 +13,7 @@ import pytest
 from webui_host import MARKS, choices, pixels, wait_for
 
 from ersde import PRESETS
-from ersde.hosts.webui import PREFIX, sampler_name
-from ersde.hosts.webui_settings import AS_PRESET, SETTINGS
+from ersde.hosts.webui_settings import AS_PRESET, PREFIX, SETTINGS, sampler_name
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SDE, SDE_5, FLAT = (sampler_name(PRESETS[name]) for name in ("sde", "sde_5", "flat"))
@@ -116,13 +115,13 @@ class Page:
         self.until(lambda: f"Seed: {self.seeds}," in info.inner_text(), "no picture", 120)
         return info.inner_text()
 
-    def shoot(self, name):
+    def shoot(self, name, tab="txt2img"):
         """A picture of the page, and one of the accordion alone where that is open."""
         if os.environ.get("WEBUI_SCREENSHOTS"):
             os.makedirs(os.environ["WEBUI_SCREENSHOTS"], exist_ok=True)
             self.page.screenshot(path=os.path.join(os.environ["WEBUI_SCREENSHOTS"], name + ".png"))
-            if self.control("eta").is_visible():
-                self.page.locator("#script_txt2img_ersde_accordion").first.screenshot(
+            if self.control("eta", tab).is_visible():
+                self.page.locator(f"#script_{tab}_ersde_accordion").first.screenshot(
                     path=os.path.join(os.environ["WEBUI_SCREENSHOTS"], name + "_part.png"))
 
 
@@ -178,7 +177,7 @@ def test_the_curve_follows_the_controls(browser, server, theme):
     dark, light = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in sorted(colours))
     assert abs(dark - light) > 100, colours
     page.type("eta", "-1")
-    page.until(lambda: "at least 0" in page.curve().inner_text(), lambda: page.curve().inner_text())
+    page.until(lambda: "between 0 and 10" in page.curve().inner_text(), lambda: page.curve().inner_text())
     page.close()
 
 
@@ -229,6 +228,13 @@ def test_sending_a_picture_on_takes_the_settings_along(page):
     page.generate()
     page.page.locator("#txt2img_send_to_img2img, #image_buttons_txt2img #img2img_tab").first.click()
     page.until(lambda: page.control("eta", "img2img").input_value() == "0.55", lambda: page.values("img2img"))
+    page.open("img2img")
+    sampler = page.page.locator("#img2img_sampling input").first        # the hosts leave the tab its own
+    sampler.click()
+    sampler.fill(SDE_5)
+    sampler.press("Enter")
+    page.until(lambda: "eta 0.55" in page.curve("img2img").inner_text(), lambda: page.curve("img2img").inner_text())
+    page.shoot("img2img", "img2img")
 
 
 @pytest.mark.parametrize("ours, words", [("ER-SDE eta: -3", "eta must be"), ("ER-SDE preset: gone", "preset must be one of"),

@@ -1,0 +1,25 @@
+"""A script that the tests put in the WebUI beside the pack: what the last runs asked of the network, and its answers."""
+from modules import script_callbacks
+
+RECORD = []
+
+
+def asked(params):
+    """The newest image of a batch alone: the first, whatever the host repeats it for."""
+    RECORD.append({"sigma": float(params.sigma[0]), "x": params.x[:1].double().tolist()})
+
+
+def answered(params):
+    RECORD[-1]["denoised"] = params.x[:1].double().tolist()
+
+
+def hand_over():
+    """All since the last time."""
+    record = list(RECORD)
+    RECORD.clear()
+    return record
+
+
+script_callbacks.on_cfg_denoiser(asked)
+script_callbacks.on_cfg_after_cfg(answered)
+script_callbacks.on_app_started(lambda _, app: app.add_api_route("/ersde-probe", hand_over))
