@@ -2,7 +2,7 @@
 
     python -m benchmarks.random_mixtures [--count 16] [--seed 1] [--out DIR]
 
-Dimension, number of parts, their places and widths, the guidance and the parts it points to are drawn; each mixture is run in
+Dimension, number of parts, their places and widths, the guidance and the parts it points to are drawn; each mixture runs in
 both processes, with 5 to 50 steps.  The figure of a cell is the mean over `POINTS` starting points of the RMS error to the
 exact probability flow, over that of ComfyUI's formulas; its 95 % interval is by bootstrap over the starting points, the
 same in both.  A mixture is a line of JSON in DIR, and a run takes up where the last one stopped.

@@ -19,7 +19,8 @@ from .noise_scale import NOISE_SCALES
 from .weights import METHODS
 
 _FILE_LIMIT = 1 << 20       # bytes; a preset is a few hundred
-_LENGTHS = {"label": 100, "description": 1000}
+TEXTS: Mapping[str, int] = MappingProxyType({"label": 100, "description": 1000, "scheduler": 64})
+"""The fields that say nothing of the sampling itself, and the most letters of each."""
 _SAVING = threading.Lock()      # a save reads the file and writes it again: one at a time in a process
 _NAME = re.compile(r"[^\W_][\w .()+-]{0,63}")
 
@@ -40,6 +41,8 @@ class Preset:
             outside it eta is 0.
         label: what a person reads in a list.
         description: one sentence, "what it is for: why"; the first half alone stands in short lists.
+        scheduler: the schedule, by the host's name for it, that a WebUI takes where the person left it on "Automatic"; "" is
+            the model's own.
 
     Raises:
         TypeError, ValueError: a field's value is not allowed; names the field, the value and what is allowed.
@@ -56,6 +59,7 @@ class Preset:
     end: float = 1.0
     label: str = ""
     description: str = ""
+    scheduler: str = ""
 
     def __post_init__(self):
         put = lambda field, value: object.__setattr__(self, field, value)
@@ -72,7 +76,7 @@ class Preset:
         put("end", check_real("end", self.end, 0.0, 1.0))
         if self.start > self.end:
             raise ValueError(f"start must not be above end, got start {self.start} and end {self.end}")
-        for field, length in _LENGTHS.items():
+        for field, length in TEXTS.items():
             text = getattr(self, field)
             if not isinstance(text, str):
                 raise TypeError(f"{field} must be a text, got {shown(text)}")

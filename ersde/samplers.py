@@ -20,7 +20,7 @@ from .errors import check_bool, check_callable, check_choice, check_eta, check_i
 from .history import History
 from .noise import Noise, make_noise
 from .noise_scale import get_noise_scale
-from .presets import PRESETS, Preset, get_preset
+from .presets import PRESETS, TEXTS, Preset, get_preset
 from .process import check_sigmas, get_process, start_below_one
 from .solver import run
 from .weights import METHODS, make_plan
@@ -181,7 +181,7 @@ def _checked_window(window) -> Tuple[float, float]:
 
 def _preset_function(preset: Preset) -> Callable:
     """`sample_er_sde_<name>`: the preset as a k-diffusion-style function, its settings the defaults of its keywords."""
-    settings = [f.name for f in fields(Preset) if f.name not in ("name", "label", "description")]
+    settings = [f.name for f in fields(Preset) if f.name != "name" and f.name not in TEXTS]
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, *, noise_sampler=None, process=None,
                **changes):

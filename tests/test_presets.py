@@ -128,7 +128,7 @@ def test_missing_or_unreadable(path, tmp_path):
 
 
 def test_save_and_load(path):
-    mine = Preset("mine", "sde_2", 0.4, 1.1, 2, False, "exact", 0.1, 0.9, "Mine", "for me")
+    mine = Preset("mine", "sde_2", 0.4, 1.1, 2, False, "exact", 0.1, 0.9, "Mine", "for me", "karras")
     save_preset(path, mine)
     save_preset(path, Preset("other"))
     good, problems = load_presets(path)

@@ -11,7 +11,7 @@ import torch
 import webui_standin as standin
 from webui_standin import SCHEDULERS, SCRIPT, FakeModel, FakeRNG, SamplerData, load_as_host
 
-from ersde import PRESETS
+from ersde import PRESETS, Preset
 from ersde.hosts import webui
 
 
@@ -120,6 +120,10 @@ def test_entries_fit_the_api(host):
         assert isinstance(entry, SamplerData)
         assert all(isinstance(alias, str) for alias in entry.aliases)
         assert all(isinstance(value, (str, bool, int, float)) for value in entry.options.values())
+
+
+def test_a_presets_schedule_is_the_hosts_hint(host):
+    assert webui.sampler_entry(Preset("mine", scheduler="karras")).options == {"scheduler": "karras"}
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))

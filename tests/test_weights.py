@@ -12,7 +12,7 @@ from ersde.weights import VARIABLES, StepIntegrals, divided_difference, make_pla
 
 mp.mp.dps = 25
 
-# log g from the formulas of design.md, in mpmath and independent of ersde.noise_scale.
+# log g from the formulas of the paper's table, in mpmath and independent of ersde.noise_scale.
 LOG_G = {
     "ode": lambda lam: mp.mpf(0),
     "sde": lambda lam: mp.log(lam),

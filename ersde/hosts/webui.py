@@ -124,8 +124,9 @@ def sampler_entry(preset: Preset):
         return KDiffusionSampler(function, model)
 
     setattr(constructor, _MARK, preset.name)
-    # No 'scheduler': "Automatic" stays the model's own schedule.
-    return SamplerData(sampler_name(preset), constructor, [f"er_sde_{preset.name}"], {})
+    # None of the built-in ones has a schedule: "Automatic" stays the model's own, which a flow model needs.
+    options = {"scheduler": preset.scheduler} if preset.scheduler else {}
+    return SamplerData(sampler_name(preset), constructor, [f"er_sde_{preset.name}"], options)
 
 
 def _usable(presets: Mapping[str, Preset]) -> List[Preset]:

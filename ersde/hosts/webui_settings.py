@@ -12,7 +12,7 @@ from typing import Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 from ..errors import check_bool, check_choice, check_int, check_real, shown
 from ..noise_scale import NOISE_SCALES
-from ..presets import FIELDS, PRESETS, Preset
+from ..presets import FIELDS, PRESETS, TEXTS, Preset
 from ..weights import MAX_ORDER
 
 AS_PRESET = "as the sampler's preset"
@@ -197,7 +197,7 @@ def infotext(sampler: Preset, used: Preset, presets: Mapping[str, Preset], proce
             out[setting.label] = text_of(value)
     if base.name not in PRESETS:
         plain = Preset(base.name)
-        fields = [f for f in FIELDS if f not in ("label", "description") and getattr(base, f) != getattr(plain, f)]
+        fields = [f for f in FIELDS if f not in TEXTS and getattr(base, f) != getattr(plain, f)]
         out[OWN_LABEL] = ", ".join(f"{f} {text_of(getattr(base, f))}" for f in fields) or "all defaults"
     if process != "ve":
         out[PROCESS_LABEL] = process
