@@ -31,7 +31,7 @@ import re
 import statistics
 import textwrap
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Tuple
+from typing import IO, Callable, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -145,7 +145,8 @@ def _code(source: str) -> str:
 @functools.lru_cache(None)
 def _own_source() -> str:
     files = sorted(Path(ersde.__file__).parent.glob("*.py"))
-    return _digest(*(_code(path.read_text(encoding="utf-8")) for path in files if path.name != "plot.py"))
+    return _digest(*(_code(path.read_text(encoding="utf-8")) for path in files
+                     if path.name not in ("plot.py", "__main__.py")))
 
 
 def _run_preset(preset):
@@ -481,6 +482,16 @@ def load(path: Path, key: str = "fingerprint") -> Dict[str, dict]:
     return found
 
 
+def appending(path: Path) -> IO[str]:
+    """`path`, opened to append lines for `load`, behind a last line that was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
+    file = open(path, "a", encoding="utf-8")
+    if not whole:
+        file.write("\n")
+    return file
+
+
 def run(cells: List[Tuple[Problem, int, Method]], path: Path, quiet: bool = False) -> Tuple[List[dict], int]:
     """Measures the cells that `path` does not hold yet, appending a line each.
 
@@ -489,11 +500,7 @@ def run(cells: List[Tuple[Problem, int, Method]], path: Path, quiet: bool = Fals
     """
     done = load(path)
     rows, fresh = [], 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
-        if not whole:
-            file.write("\n")
+    with appending(path) as file:
         previous = None
         for problem, calls, method in tqdm(cells, disable=quiet, unit="cell"):
             if previous is not None and previous is not problem:
