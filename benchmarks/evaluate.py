@@ -1,6 +1,6 @@
 """Pictures of the trained network against real ones: ours and the peers at equal model calls, with guidance.
 
-    python -m benchmarks.evaluate [--calls N ...] [--guidance W ...] [--process P ...] [--count N] [--filter REGEX] [--out DIR]
+    python -m benchmarks.evaluate [--calls N ...] [--guidance W ...] [--process P ...] [--count N] [--filter REGEX]
     torchrun --nproc_per_node 4 -m benchmarks.evaluate ...          the same on several processes or machines
 
 The samplers are those of benchmarks/quality.py; the network is the demo's, `ve` on Karras' schedule (rho 7, sigma 80 to
@@ -17,10 +17,10 @@ benchmarks/weights/reference.safetensors, so that nothing is downloaded; `--refe
 * precision and recall (Kynkaanniemi et al., arXiv 1904.06991), k = 3, real pictures: 54 of each class, as they are;
 * the share of pictures that the classifier takes for their class.
 
-Intervals are 95 % by bootstrap over seeds, centred as in quality.py (recall: over the real pictures).  Comparisons of two
-samplers resample the same seeds in both.
+Intervals are 95 % by bootstrap over the seeds of each class, centred as in quality.py (recall: over the real pictures).
+Comparisons of two samplers resample the same seeds in both.
 
-Every picture is made from its seed alone: its class, its start and the noise of each step (`ersde.noise`).  Seeds go in
+Every picture is made from its seed alone: its class, its start and the path of its noise (`ersde.noise`).  Seeds go in
 blocks of --block, each a batch of its own, because a matrix product may round otherwise in another batch: so 1, 2 or 4
 processes make the same set, bit for bit on equal machines.  Each process appends its finished blocks to a file of its own in
 DIR; a run takes up where the last one stopped, with any number of processes.  DIR gets evaluate.json, evaluate.md and plots.
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -38,7 +39,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -47,7 +48,9 @@ from tqdm import tqdm
 
 from ersde.demo.mixture import karras
 from ersde.demo.network import CLASSES, SIZE, WEIGHTS
-from ersde.noise import SeededNoise, philox_normal
+from ersde.noise import philox_normal, step_key
+from ersde.noise_scale import get_noise_scale
+from ersde.process import get_process
 
 from . import classifier, quality
 from .network import Network
@@ -60,32 +63,74 @@ SCHEDULES = {"ve": "karras 80 to 0.01", "flow": "shift 3"}
 SHOWN = (r"^ours (sde_5|ode|few_steps|sde)$|^comfyui|^k-diffusion (euler|heun|euler_ancestral|dpmpp_(2m|2m_sde|3m_sde|sde))$"
          r"|^azula (zEAB order [23]|vAB order 2)$")
 REFERENCE = classifier.WEIGHTS.with_name("reference.safetensors")
-FORMAT = "ersde-reference-1"
+FORMAT = "ersde-reference-2"
 RESAMPLES = 200
-START = 1 << 32             # names the start in the noise: above the name of every sigma
+NODES = 32
+START = 1 << 32             # names the start in the noise, and from there on the nodes: above the name of every sigma
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 class SeedNoise:
-    """A noise sampler (sigma, sigma_next) -> z: what `ersde.noise` draws for each picture's seed and the step's sigma.
+    """A noise sampler (sigma, sigma_next) -> z for each picture's seed: increments of one path W over their deviation.
 
-    A second question with the same start that reaches further (dpmpp_sde asks for half a step, then for the whole) contains
-    the first increment, as k-diffusion's own Brownian tree has it: increments of a path in sigma over their deviation.
+    The path runs in the clock T = g^(-2 eta) of the member that the sampler converges to (`ersde.noise.BrownianNoise`), so
+    that runs with more and with fewer calls follow the same path and can be compared seed by seed.  W is known at `NODES`
+    points of the schedule from unit normals of the seed, and a point between two known ones gets
+
+        W = W_a + share (W_b - W_a) + sqrt(share (1 - share) (T_b - T_a)) xi,     share = (T - T_a) / (T_b - T_a),
+
+    with xi of the seed and the point's sigma: what a Brownian path has, exactly.  Steps that do not overlap are independent,
+    and a second question with the same start that reaches further (dpmpp_sde asks for half a step, then for the whole)
+    contains the first increment.
+
+    Args:
+        x: the state, shape (batch, pixels).
+        seeds: one for each picture, a range.
+        clock: sigma -> T, falling.
+        nodes: sigmas, falling, from the schedule's first to its last above 0.
     """
 
-    def __init__(self, x: Tensor, seeds: Sequence[int]):
-        self.draw, self.last = SeededNoise(x, list(seeds)), None
+    def __init__(self, x: Tensor, seeds: Sequence[int], clock: Callable[[float], float], nodes: Sequence[float]):
+        self.x, self.seeds, self.clock, self.points, self.path = x, seeds, clock, [], []
+        total = torch.zeros(x.shape, dtype=torch.float64)
+        for at, sigma in enumerate(nodes):
+            if at:
+                total = total + (clock(sigma) - self.points[-1]) ** 0.5 * of_nodes(seeds, len(nodes), x.shape[1])[at]
+            self.points.append(clock(sigma))
+            self.path.append(total)
+
+    def at(self, sigma: float) -> Tensor:
+        """W at a sigma within the nodes."""
+        time = min(max(self.clock(sigma), self.points[0]), self.points[-1])
+        place = bisect.bisect_left(self.points, time)
+        if self.points[place] == time:
+            return self.path[place]
+        before, after = self.points[place - 1], self.points[place]
+        share = (time - before) / (after - before)
+        value = torch.lerp(self.path[place - 1], self.path[place], share)
+        value += (share * (1 - share) * (after - before)) ** 0.5 * normals(self.seeds, step_key(sigma), self.x.shape[1])
+        self.points.insert(place, time)
+        self.path.insert(place, value)
+        return value
 
     def __call__(self, sigma, sigma_next) -> Tensor:
         sigma, sigma_next = float(sigma), float(sigma_next)
-        out = self.draw(sigma)
-        if self.last and abs(self.last[0] - sigma) < 1e-9 * sigma and sigma_next < self.last[1]:
-            half = self.last[1]
-            out = (out * (sigma - half) ** 0.5 + self.draw(half) * (half - sigma_next) ** 0.5) / (sigma - sigma_next) ** 0.5
-        else:
-            self.last = (sigma, sigma_next)
-        return out
+        step = self.at(sigma_next) - self.at(sigma)
+        elapsed = self.clock(sigma_next) - self.clock(sigma)
+        # A step in which the clock stands (the ODE, or none of the member's noise) has noise that nothing multiplies.
+        return (step / elapsed ** 0.5 if elapsed > 0 else step).to(self.x)
+
+
+def normals(seeds: Sequence[int], name: int, count: int) -> Tensor:
+    """Standard normal numbers of each seed's stream `name` (`ersde.noise`), shape (seeds, count), float64."""
+    return torch.from_numpy(np.stack([philox_normal(seed, 0, name, count) for seed in seeds])).double()
+
+
+@functools.lru_cache(1)
+def of_nodes(seeds: Sequence[int], nodes: int, count: int) -> List[Tensor]:
+    """The normals of the start (the first) and of the nodes, kept while the cells of a block are run; seeds: a range."""
+    return [normals(seeds, START + at, count).float() for at in range(nodes)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +157,19 @@ class Cell:
         at = lambda part: float(np.interp(part, np.linspace(0, 1, len(dense)), dense))
         return (np.inf if preset.start == 0 else at(preset.start)), (0.0 if preset.end == 1 else at(preset.end))
 
+    def clock(self, sigma: float) -> float:
+        """T of `SeedNoise`."""
+        log_g = get_noise_scale(self.method.preset.noise_scale).log_g_array(get_process(self.process).lam([sigma]))
+        return float(np.exp(-2 * self.method.preset.eta * log_g[0]))
+
     def pictures(self, seeds: Sequence[int]) -> Tensor:
         """The pictures of these seeds as one batch, shape (seeds, 3, SIZE, SIZE), float64."""
         labels = torch.tensor([seed % len(CLASSES) for seed in seeds])
         model = Network(self.process, self.guidance, labels)
         sigmas = self.sigmas(self.method.steps(self.calls), self.calls)
-        start = torch.from_numpy(np.stack([philox_normal(seed, 0, START, PIXELS) for seed in seeds])).double()
-        x = start * sigmas[0]
-        out = self.method.run(model, x, sigmas, SeedNoise(x, seeds), self.window)
+        x = of_nodes(seeds, NODES, PIXELS)[0].double() * sigmas[0]
+        noise = SeedNoise(x, seeds, self.clock, self.sigmas(NODES, NODES)[:-1].tolist()) if self.method.noisy else None
+        out = self.method.run(model, x, sigmas, noise, self.window)
         if model.calls != self.calls:
             raise RuntimeError(f"{self.name} made {model.calls} model calls")
         return out.reshape(-1, 3, SIZE, SIZE)
@@ -137,9 +187,9 @@ def _file_digest(path: Path) -> str:
 @functools.lru_cache(None)
 def _sampling_source() -> str:
     """Of what a block depends on beside its cell: this code, the weights, torch."""
-    code = (quality._code(inspect.getsource(part)) for part in (SeedNoise, Cell, Network, philox_normal))
-    return quality._digest(*code, *(_file_digest(path) for path in (WEIGHTS / "ve.safetensors", WEIGHTS / "flow.safetensors",
-                                                                    classifier.WEIGHTS)), torch.__version__)
+    code = (quality._code(inspect.getsource(part)) for part in (SeedNoise, normals, of_nodes, Cell, Network, philox_normal))
+    weights = (_file_digest(path) for path in (WEIGHTS / "ve.safetensors", WEIGHTS / "flow.safetensors", classifier.WEIGHTS))
+    return quality._digest(*code, *weights, torch.__version__, str(NODES))
 
 
 def key_of(cell: Cell, seeds: Sequence[int]) -> str:
@@ -238,8 +288,8 @@ class Reference:
     """The training pictures in features.
 
     Attributes:
-        mean, root: of 20,000 draws, the root of their covariance; float64.
-        draws: (4096, FEATURES) of them, float64, for the kernel distance and the floor.
+        mean, root: of 20,000 draws, 2000 of each class, the root of their covariance; float64.
+        draws: (4000, FEATURES) of them, float64, the classes in turn, for the kernel distance and the floor.
         real: (540, FEATURES), 54 plain pictures of each class, for precision and recall.
         digest: of the file.
     """
@@ -251,16 +301,15 @@ class Reference:
     digest: str
 
     def __post_init__(self):
-        kernel = _kernel(self.draws, self.draws)
-        count = len(kernel)
-        self.within = ((kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))).item()
+        self.within = _pairs(self.draws, torch.ones(1, len(self.draws), dtype=torch.float64)).item()
         self.radii = _radii(self.real)
 
     @functools.lru_cache(None)
     def floor(self, count: int) -> Tuple[float, float]:
-        """Mean and standard deviation of the Frechet distance of `count` drawn training pictures."""
-        parts = self.draws.split(count) if count <= len(self.draws) else (self.draws,)
-        values = torch.stack([quality.frechet(part, self) for part in parts if len(part) == min(count, len(self.draws))])
+        """Mean and standard deviation of the Frechet distance of `count` drawn training pictures, the classes in turn."""
+        size = min(count, len(self.draws))
+        starts = range(0, len(self.draws) - size + 1, -(-size // len(CLASSES)) * len(CLASSES))
+        values = torch.stack([quality.frechet(self.draws[start:start + size], self) for start in starts])
         return values.mean().item(), (values.std().item() if len(values) > 1 else float("nan"))
 
     def __hash__(self):
@@ -274,11 +323,14 @@ def make_reference(path: Path = REFERENCE) -> None:
     from . import data
 
     pictures, generator, judge = data.load("train"), torch.Generator().manual_seed(0), _judge()
-    draws = torch.cat([judge.features(pictures.batch(500, generator)[0]) for _ in range(40)]).double()
+    drawn = [pictures.batch(500, generator) for _ in range(48)]
+    labels = torch.cat([some for _, some in drawn])
+    found = torch.cat([judge.features(some) for some, _ in drawn]).double()
+    draws = torch.stack([found[labels == k][:2000] for k in range(len(CLASSES))], 1).flatten(0, 1)
     order = torch.randperm(len(pictures.labels), generator=generator)
     plain, least = pictures.plain(), min(int((pictures.labels == k).sum()) for k in range(len(CLASSES)))
     real = torch.cat([order[pictures.labels[order] == k][:least] for k in range(len(CLASSES))])
-    state = {"mean": draws.mean(0).float(), "covariance": draws.T.cov().float(), "draws": draws[:4096].half(),
+    state = {"mean": draws.mean(0).float(), "covariance": draws.T.cov().float(), "draws": draws[:4000].half(),
              "real": judge.features(plain[real]).half()}
     about = {"format": FORMAT, "classifier": _file_digest(classifier.WEIGHTS), "draws": len(draws),
              "pictures": len(pictures.labels), "data": f"{data.PACKAGE} {data.VERSION}"}
@@ -311,23 +363,46 @@ def _radii(x: Tensor, k: int = 3) -> Tensor:
     return torch.cdist(x, x).kthvalue(k + 1, 1).values
 
 
+def _pairs(x: Tensor, weights: Tensor) -> Tensor:
+    """The mean of the kernel over pairs of rows, each class with each class alike, the classes in turn in x.
+
+    As many of each class are in x, so that a plain mean over the pairs of different rows would have too few of one class.
+    A row with itself is no pair, however often it is in a resample.
+
+    Args:
+        weights: (resamples, count), how often each row is in a resample.
+
+    Returns:
+        Shape (resamples,).
+    """
+    kernel = _kernel(x, x)
+    kernel.fill_diagonal_(0)
+    label = torch.arange(len(x)) % len(CLASSES)
+    of = [torch.nonzero(label == k)[:, 0] for k in range(min(len(CLASSES), len(x)))]
+    out = []
+    for at, one in enumerate(of):
+        w = weights[:, one]
+        for other in of[:at + 1]:
+            v = weights[:, other]
+            pairs = w.sum(1) * v.sum(1) - ((w * w).sum(1) if one is other else 0)
+            mean = ((w @ kernel[one][:, other]) * v).sum(1) / pairs.clamp(min=1)
+            out.append(mean if one is other else 2 * mean)
+    return torch.stack(out).sum(0) / len(of) ** 2
+
+
 def kernel_distance(x: Tensor, reference: Reference, weights: Optional[Tensor] = None) -> Tensor:
-    """Unbiased squared MMD between the rows of x and the reference's draws.
+    """Unbiased squared MMD between the rows of x, the classes in turn, and the reference's draws.
 
     Args:
         x: (count, FEATURES), float64.
         weights: (resamples, count), how often each row is in a resample; None: once each.
-            A pair of a row with itself does not count, however often the row is in the resample.
 
     Returns:
         Shape (resamples,), or () for None.
     """
     w = torch.ones(1, len(x), dtype=x.dtype) if weights is None else weights.to(x.dtype)
-    own = _kernel(x, x)
-    own.fill_diagonal_(0)
-    pairs = w.sum(1) ** 2 - (w ** 2).sum(1)
     cross = (w @ _kernel(x, reference.draws).mean(1)) / w.sum(1)
-    out = ((w @ own) * w).sum(1) / pairs + reference.within - 2 * cross
+    out = _pairs(x, w) + reference.within - 2 * cross
     return out[0] if weights is None else out
 
 
@@ -339,8 +414,14 @@ def precision_recall(x: Tensor, reference: Reference) -> Tuple[Tensor, Tensor]:
 
 
 def resamples(count: int, of: int = RESAMPLES) -> Tensor:
-    """Indices (of, count) of bootstrap samples, the same for all cells of as many pictures."""
-    return torch.randint(count, (of, count), generator=torch.Generator().manual_seed(41))
+    """Indices (of, count) of bootstrap samples within each class, as the seeds have the classes in turn.
+
+    The same for all cells of as many pictures.
+    """
+    step, place = len(CLASSES), torch.arange(count)
+    size = (count - 1 - place % step) // step + 1          # of the place's class
+    u = torch.rand(of, count, generator=torch.Generator().manual_seed(41), dtype=torch.float64)
+    return (u * size).long() * step + place % step
 
 
 def measure(features: np.ndarray, labels: Tensor, reference: Reference) -> dict:
@@ -348,32 +429,233 @@ def measure(features: np.ndarray, labels: Tensor, reference: Reference) -> dict:
     x = torch.from_numpy(features.astype(np.float64))
     count = len(x)
     rows = resamples(count)
-    weights = torch.zeros(len(rows), count, dtype=torch.float64).scatter_add_(1, rows, torch.ones_like(rows, dtype=torch.float64))
+    weights = torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
     numbers = lambda value, resampled: {"value": value, "interval": quality.interval(value, resampled)}
     frechet = torch.cat([quality.frechet(x, reference, some) for some in rows.split(max(1, (1 << 15) // count))])
     kernel = 1000 * kernel_distance(x, reference, weights)
     precise, recalled = precision_recall(x, reference)
     right = (_judge().last(x.float()).argmax(1) == labels).double()
-    real = resamples(len(recalled))
+    real = torch.randint(len(recalled), (RESAMPLES, len(recalled)), generator=torch.Generator().manual_seed(42))
     return {"count": count, "frechet": numbers(quality.frechet(x, reference).item(), frechet),
             "kernel": numbers(1000 * kernel_distance(x, reference).item(), kernel),
             "precision": numbers(precise.mean().item(), precise[rows].mean(1)),
             "recall": numbers(recalled.mean().item(), recalled[real].mean(1)),
             "class": numbers(right.mean().item(), right[rows].mean(1)),
-            "resampled": {"frechet": [round(v, 6) for v in frechet.tolist()], "kernel": [round(v, 6) for v in kernel.tolist()]}}
+            "resampled": {name: [round(value, 6) for value in values.tolist()]
+                          for name, values in (("frechet", frechet), ("kernel", kernel))}}
 
 
-def ratio(one: dict, other: dict, what: str = "frechet", floor: float = 0.0) -> dict:
-    """(one - floor) / (other - floor) of a distance and its 95 % interval over the seeds, the same ones in both.
+def paired(one: dict, other: dict, what: str, how) -> dict:
+    """how(one's distance, other's), such as their ratio, and its 95 % interval over the seeds, the same ones in both.
 
-    Resampling adds a bias to each distance, which is taken off before they are divided.
+    Resampling adds a bias to each distance, which is taken off first.
     """
-    a, b = one[what]["value"] - floor, other[what]["value"] - floor
-    free = [np.array(cell["resampled"][what]) for cell in (one, other)]
-    x, y = (values - values.mean() + value for values, value in zip(free, (a, b)))
-    low, high = np.quantile(x / np.maximum(y, 1e-9), (0.025, 0.975))
-    value = a / b
+    a, b = ([cell[what]["value"]] + (np.array(cell["resampled"][what]) - np.mean(cell["resampled"][what])
+                                     + cell[what]["value"]).tolist() for cell in (one, other))
+    value, *resampled = how(np.array(a), np.array(b)).tolist()
+    low, high = np.quantile(resampled, (0.025, 0.975))
     return {"value": value, "interval": [min(low, value), max(high, value)]}
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+STOCHASTIC, DETERMINISTIC = (6, 8, 9, 10, 15, 20), (6, 8, 9, 10, 15, 20)
+FEWER = ((6, 9), (8, 12), (10, 15), (6, 12), (10, 20), (15, 30))        # ours, ComfyUI's
+
+
+@functools.lru_cache(None)
+def _measuring_source() -> str:
+    parts = (measure, kernel_distance, _pairs, precision_recall, resamples, _kernel, _radii, features_of, quality.frechet,
+             quality.interval)
+    return quality._digest(*(quality._code(inspect.getsource(part)) for part in parts), load_reference().digest)
+
+
+class Results:
+    """The finished cells, measured at any N that they reach.
+
+    Args:
+        cells: the cells; of each the blocks from the first seed on that `rows` holds are looked at.
+        seeds: the blocks, in order.
+        rows: from `sample`.
+        folder: where evaluate_measured.jsonl keeps what was measured.
+    """
+
+    def __init__(self, cells: Sequence[Cell], seeds: Sequence[Sequence[int]], rows: Dict[str, dict], folder: Path):
+        self.reference, self.blocks, self.path = load_reference(), {}, folder / "evaluate_measured.jsonl"
+        for cell in cells:
+            found = []
+            for some in seeds:
+                row = rows.get(key_of(cell, some))
+                if row is None:
+                    break
+                found.append((some, row))
+            if found:
+                self.blocks[cell] = found
+        self.done = quality.load(self.path, "key")
+
+    def count(self, cell: Cell) -> int:
+        """How many pictures a cell has."""
+        return sum(len(some) for some, _ in self.blocks.get(cell, ()))
+
+    def diverged(self, cell: Cell) -> bool:
+        return any(row.get("diverged") for _, row in self.blocks[cell])
+
+    def of(self, cell: Cell, count: Optional[int] = None) -> dict:
+        """The metrics of a cell's first `count` pictures, a whole number of blocks; None: of all."""
+        used, left = [], self.count(cell) if count is None else count
+        for some, row in self.blocks[cell]:
+            if left >= len(some):
+                used.append((some, row))
+                left -= len(some)
+        key = quality._digest(*(row["key"] for _, row in used), _measuring_source())
+        if key not in self.done:
+            labels = torch.tensor([seed % len(CLASSES) for some, _ in used for seed in some])
+            found = measure(np.concatenate([features_of(row) for _, row in used]), labels, self.reference)
+            self.done[key] = {"key": key, **found}
+            with quality.appending(self.path) as file:
+                file.write(json.dumps(self.done[key]) + "\n")
+        return self.done[key]
+
+    def compare(self, one: Cell, other: Cell) -> dict:
+        """The distances of two cells at the N that both have, ours over theirs, paired by seed.
+
+        `better` and `worse` are said where the whole interval of the Frechet distances' difference lies on one side of 0.
+        """
+        count = min(self.count(one), self.count(other))
+        a, b = self.of(one, count), self.of(other, count)
+        found = {"frechet": paired(a, b, "frechet", np.divide), "difference": paired(a, b, "frechet", np.subtract),
+                 "kernel": paired(a, b, "kernel", np.subtract)}
+        low, high = found["difference"]["interval"]
+        return {"process": one.process, "guidance": one.guidance, "ours": one.method.name, "calls": one.calls,
+                "peer": other.method.name, "peer_calls": other.calls, "count": count,
+                "values": [a["frechet"]["value"], b["frechet"]["value"]], **found,
+                "verdict": "better" if high < 0 else "worse" if low > 0 else "alike"}
+
+
+def questions(results: Results) -> Dict[str, List[dict]]:
+    """The comparisons that the evaluation is made for, by question, from the cells that are there."""
+    cells = {(cell.process, cell.guidance, cell.calls, cell.method.name): cell for cell in results.blocks
+             if not results.diverged(cell)}
+    settings = list(dict.fromkeys((cell.process, cell.guidance) for cell in results.blocks))
+    names = list(dict.fromkeys(cell.method.name for cell in results.blocks))
+    theirs = [name for name in names if not name.startswith(quality.OURS)]
+    noisy = {cell.method.name for cell in results.blocks if cell.method.noisy}
+    found: Dict[str, List[dict]] = {"fewer calls": [], "comfyui": [], "stochastic peers": [], "deterministic peers": []}
+
+    def add(question: str, at: tuple, ours: Tuple[int, str], peer: Tuple[int, str]) -> None:
+        pair = cells.get((*at, *ours)), cells.get((*at, *peer))
+        if None not in pair:
+            found[question].append(results.compare(*pair))
+
+    for at in settings:
+        for ours, calls in FEWER:
+            add("fewer calls", at, (ours, "ours sde_5"), (calls, "comfyui sde_5"))
+        for calls in sorted({cell.calls for cell in results.blocks}):
+            add("comfyui", at, (calls, "ours sde_5"), (calls, "comfyui sde_5"))
+        for name in theirs:
+            for calls in STOCHASTIC if name in noisy else ():
+                add("stochastic peers", at, (calls, "ours sde_5"), (calls, name))
+        for calls in DETERMINISTIC:
+            peers = [cells[(*at, calls, name)] for name in theirs if name not in noisy and (*at, calls, name) in cells]
+            if peers:
+                least = min(results.count(cell) for cell in peers)
+                best = min(peers, key=lambda cell: results.of(cell, least)["frechet"]["value"])
+                add("deterministic peers", at, (calls, "ours few_steps"), (calls, best.method.name))
+    return found
+
+
+ASKED = {
+    "fewer calls": "Ours `sde_5` with fewer calls than ComfyUI's `sde_5`",
+    "comfyui": "Ours `sde_5` over ComfyUI's `sde_5` at equal calls",
+    "stochastic peers": "Ours `sde_5` over each stochastic peer at equal calls",
+    "deterministic peers": "Ours `few_steps` over the best deterministic peer of each cell, picked after the fact",
+}
+
+
+def table(results: Results, found: Dict[str, List[dict]]) -> str:
+    """The Markdown report."""
+    counts = sorted({results.count(cell) for cell in results.blocks})
+    floors = ", ".join(f"{results.reference.floor(n)[0]:.2f} at N = {n}" for n in counts)
+    number = quality._number
+    lines = [
+        "# The trained network's pictures against real ones", "",
+        "Written by `python -m benchmarks.evaluate`, whose docstring says what is measured and how. Squared Frechet "
+        "distance in the features of the small classifier, to the training pictures, which have themselves "
+        f"{floors}; only equal N compare. Intervals are 95 % by bootstrap over the seeds of each class, paired; `better` "
+        "and `worse` are said where the whole interval of the difference lies on one side of 0. `kernel` is the difference "
+        "of the kernel distances x 1000, which have no floor.", "",
+        f"torch {torch.__version__}, k-diffusion {quality._version('k_diffusion')}, azula {quality._version('azula')}; this "
+        f"project's sources have the digest {quality._own_source()}. ve: {SCHEDULES['ve']}; flow: {SCHEDULES['flow']}.", ""]
+    for question, records in found.items():
+        if not records:
+            continue
+        tally = [sum(r["verdict"] == verdict for r in records) for verdict in ("better", "alike", "worse")]
+        near = sum(r["frechet"]["value"] <= 1.05 for r in records)
+        lines += [f"## {ASKED[question]}", "",
+                  f"{len(records)} cells: {tally[0]} better, {tally[1]} alike, {tally[2]} worse; {near} within 5 % or "
+                  "better.", "", "| process | guidance | ours | calls | peer | calls | N | Frechet, ours | peer's | ratio "
+                  "| difference | kernel | |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+        lines += [f"| {r['process']} | {r['guidance']:g} | {r['ours']} | {r['calls']} | {r['peer']} | {r['peer_calls']} | "
+                  f"{r['count']} | {r['values'][0]:.2f} | {r['values'][1]:.2f} | {number(r['frechet'])} | "
+                  f"{number(r['difference'], 2)} | {number(r['kernel'], 2)} | {r['verdict']} |" for r in records] + [""]
+    lines += ["## Every cell", "", "| cell | N | Frechet | kernel x 1000 | precision | recall | taken for its class |",
+              "|---|---|---|---|---|---|---|"]
+    for cell in results.blocks:
+        start = f"| {cell.name} | {results.count(cell)} | "
+        if results.diverged(cell):
+            lines.append(start + "diverged | | | | |")
+            continue
+        row = results.of(cell)
+        lines.append(start + " | ".join(number(row[what]) for what in ("frechet", "kernel", "precision", "recall", "class"))
+                     + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: Results, process: str, what: str = "frechet"):
+    """One process's figure: a distance by model calls, a row for each guidance, noise-free samplers to the left.
+
+    All at the smallest N of its cells, since a Frechet distance depends on N.
+    """
+    from ersde.plot import new_figure
+
+    cells = [cell for cell in results.blocks if cell.process == process and not results.diverged(cell)]
+    scales = sorted({cell.guidance for cell in cells})
+    count = min(results.count(cell) for cell in cells)
+    figure, axes = new_figure(16, 4.6 * len(scales), len(scales), 2)
+    for scale, pair in zip(scales, axes):
+        for axis, noisy in zip(pair, (False, True)):
+            rows = [{"method": cell.method.name, "family": cell.method.family, "calls": cell.calls,
+                     **results.of(cell, count)}
+                    for cell in cells if cell.guidance == scale and cell.method.noisy == noisy]
+            quality.draw_lines(axis, rows, what)
+            quality.number_calls(axis, (row["calls"] for row in rows))
+            axis.set_yscale("log")
+            axis.set_title(f"{'stochastic' if noisy else 'deterministic'}, guidance {scale:g}", loc="left", fontsize=10)
+            if what == "frechet":
+                axis.axhline(results.reference.floor(count)[0], color="#888888", linestyle=":", linewidth=1)
+    name = {"frechet": "squared Frechet distance (dotted: real pictures)", "kernel": "kernel distance x 1000"}[what]
+    figure.suptitle(f"{name} to the training pictures, {process}, N = {count}", fontsize=11)
+    return figure
+
+
+def report(results: Results, folder: Path) -> str:
+    """Writes evaluate.json, evaluate.md and the plots; returns the Markdown."""
+    found = questions(results)
+    cells = [{"process": cell.process, "guidance": cell.guidance, "calls": cell.calls, "method": cell.method.name,
+              "family": cell.method.family, "noisy": cell.method.noisy, **(
+                  {"count": results.count(cell), "diverged": True} if results.diverged(cell) else
+                  {name: value for name, value in results.of(cell).items() if name not in ("key", "resampled")})}
+             for cell in tqdm(results.blocks, desc="measuring", unit="cell")]
+    floors = {str(n): results.reference.floor(n)[0] for n in sorted({cell["count"] for cell in cells})}
+    text = table(results, found)
+    about = {"torch": torch.__version__, "sources": quality._own_source(), "schedules": SCHEDULES, "floor": floors}
+    (folder / "evaluate.json").write_text(json.dumps({"about": about, "questions": found, "cells": cells}, indent=1,
+                                                     default=float) + "\n", encoding="utf-8")
+    (folder / "evaluate.md").write_text(text, encoding="utf-8")
+    for process in dict.fromkeys(cell["process"] for cell in cells):
+        for what in ("frechet", "kernel"):
+            draw(results, process, what).savefig(folder / f"evaluate_{process}_{what}.png")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -397,10 +679,11 @@ def main(argv=None) -> int:
     parser.add_argument("--guidance", type=float, nargs="+", default=list(GUIDANCE), metavar="W")
     parser.add_argument("--process", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES), metavar="P")
     parser.add_argument("--count", type=int, default=512, help="pictures of a cell")
-    parser.add_argument("--block", type=int, default=BLOCK, help="seeds of a batch; another size is another set, to rounding")
+    parser.add_argument("--block", type=int, default=BLOCK, help="seeds of a batch; another size is another set")
     parser.add_argument("--filter", default=SHOWN, metavar="REGEX", help="samplers whose name it finds ('' for all)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evaluate"), help="folder of the results")
     parser.add_argument("--sample", action="store_true", help="sample only, no report")
+    parser.add_argument("--report", action="store_true", help="report what is finished, sample nothing")
     parser.add_argument("--reference", action="store_true", help="make the file of the real pictures' features, and end")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -410,10 +693,18 @@ def main(argv=None) -> int:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     cells = plan(args.process, args.guidance, args.calls, args.filter)
-    items = [(cell, seeds) for seeds in blocks(args.count, args.block) for cell in cells]
-    rows, made = sample(items, args.out)
+    seeds = blocks(args.count, args.block)
+    rows, made = (held(args.out), 0) if args.report else sample([(cell, some) for some in seeds for cell in cells], args.out)
+    first = rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()
+    if first and not args.sample:
+        results = Results(cells, seeds, rows, args.out)
+        if not results.blocks:
+            parser.error(f"--report: no block of these cells is in {args.out}")
+        text = report(results, args.out)
+        print(text[text.index("## "):text.index("## Every cell")])
+        print(f"{len(results.blocks)} cells, {made} blocks made now by this process, in {args.out}")
     return 0
 
 
