@@ -93,10 +93,10 @@ def sample(model: Denoiser, sampler: Union[str, ersde.Preset], steps: int, seeds
         noise = {"noise_sampler": make_noise("cpu", x, seeds)} if sampler in NOISY_PEERS else {}
         return getattr(found, PEERS[sampler])(call, x, sigmas.float(), disable=True, callback=callback, **noise)
     return ersde.sample_preset(call, x, sigmas, sampler, {"seed": seeds}, callback, True, process=process,
-                               window=_window(process, sampler))
+                               window=window(process, sampler))
 
 
-def _window(process: str, preset: Union[str, ersde.Preset]):
+def window(process: str, preset: Union[str, ersde.Preset]):
     """A preset's stochastic window as sigmas, counted in parts of a schedule of 1000 steps, whatever the number of steps."""
     preset, dense = ersde.get_preset(preset), schedule(process, 1000)[:-1].numpy()
     at = lambda part: float(np.interp(part, np.linspace(0, 1, len(dense)), dense))
