@@ -31,6 +31,7 @@ import argparse
 import base64
 import bisect
 import dataclasses
+import datetime
 import functools
 import hashlib
 import inspect
@@ -46,7 +47,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ersde.demo.mixture import karras
+from ersde.demo import trained
 from ersde.demo.network import CLASSES, SIZE, WEIGHTS
 from ersde.noise import philox_normal, step_key
 from ersde.noise_scale import get_noise_scale
@@ -66,7 +67,7 @@ REFERENCE = classifier.WEIGHTS.with_name("reference.safetensors")
 FORMAT = "ersde-reference-2"
 RESAMPLES = 200
 NODES = 32
-START = 1 << 32             # names the start in the noise, and from there on the nodes: above the name of every sigma
+START = trained.START       # names the start in the noise, and the names after it the nodes
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -147,29 +148,23 @@ class Cell:
         """What it is called in files and tables."""
         return f"{self.process} / guidance {self.guidance:g} / {self.calls} calls / {self.method.name}"
 
-    def sigmas(self, steps: int, calls: int) -> Tensor:
-        """Shape (steps + 1,); the same range for all samplers with as many calls."""
-        return karras(steps, 80.0, 0.01) if self.process == "ve" else quality.schedule(SCHEDULES["flow"], steps, calls)
-
-    def window(self, preset) -> Tuple[float, float]:
-        """A preset's stochastic window as sigmas: its parts of a schedule of 1000 steps."""
-        dense = self.sigmas(1000, 1000)[:-1].numpy()
-        at = lambda part: float(np.interp(part, np.linspace(0, 1, len(dense)), dense))
-        return (np.inf if preset.start == 0 else at(preset.start)), (0.0 if preset.end == 1 else at(preset.end))
-
     def clock(self, sigma: float) -> float:
         """T of `SeedNoise`."""
         log_g = get_noise_scale(self.method.preset.noise_scale).log_g_array(get_process(self.process).lam([sigma]))
         return float(np.exp(-2 * self.method.preset.eta * log_g[0]))
 
-    def pictures(self, seeds: Sequence[int]) -> Tensor:
-        """The pictures of these seeds as one batch, shape (seeds, 3, SIZE, SIZE), float64."""
+    def nodes(self) -> List[float]:
+        """Those of `SeedNoise`."""
+        return trained.schedule(self.process, NODES)[:-1].tolist()
+
+    def pictures(self, seeds: Sequence[int], device: str = "cpu") -> Tensor:
+        """The pictures of these seeds, a range, as one batch, shape (seeds, 3, SIZE, SIZE), float64."""
         labels = torch.tensor([seed % len(CLASSES) for seed in seeds])
-        model = Network(self.process, self.guidance, labels)
-        sigmas = self.sigmas(self.method.steps(self.calls), self.calls)
-        x = of_nodes(seeds, NODES, PIXELS)[0].double() * sigmas[0]
-        noise = SeedNoise(x, seeds, self.clock, self.sigmas(NODES, NODES)[:-1].tolist()) if self.method.noisy else None
-        out = self.method.run(model, x, sigmas, noise, self.window)
+        model = Network(self.process, self.guidance, labels, device)
+        sigmas = trained.schedule(self.process, self.method.steps(self.calls), self.calls)
+        x = (of_nodes(seeds, NODES, PIXELS)[0].double() * sigmas[0]).to(device)
+        noise = SeedNoise(x, seeds, self.clock, self.nodes()) if self.method.noisy else None
+        out = self.method.run(model, x, sigmas.to(device), noise, lambda preset: trained.window(self.process, preset))
         if model.calls != self.calls:
             raise RuntimeError(f"{self.name} made {model.calls} model calls")
         return out.reshape(-1, 3, SIZE, SIZE)
@@ -189,18 +184,18 @@ def _sampling_source() -> str:
     """Of what a block depends on beside its cell: this code, the weights, torch."""
     code = (quality._code(inspect.getsource(part)) for part in (SeedNoise, normals, of_nodes, Cell, Network, philox_normal))
     weights = (_file_digest(path) for path in (WEIGHTS / "ve.safetensors", WEIGHTS / "flow.safetensors", classifier.WEIGHTS))
-    return quality._digest(*code, *weights, torch.__version__, str(NODES))
+    return quality._digest(*code, *weights, torch.__version__, str(NODES), inspect.getsource(trained.schedule))
 
 
-def key_of(cell: Cell, seeds: Sequence[int]) -> str:
+def key_of(cell: Cell, seeds: Sequence[int], device: str = "cpu") -> str:
     """A block's name: of everything that its pictures depend on."""
-    return quality._digest(cell.name, cell.method.source, f"{seeds[0]} to {seeds[-1]}", _sampling_source())
+    return quality._digest(cell.name, cell.method.source, f"{seeds[0]} to {seeds[-1]}", _sampling_source(), device)
 
 
-def block_row(cell: Cell, seeds: Sequence[int]) -> dict:
+def block_row(cell: Cell, seeds: Sequence[int], device: str = "cpu") -> dict:
     """Samples one block; its line in the file: the features (float16, base64) and a digest of the pictures' bytes."""
-    pictures = cell.pictures(seeds).float()
-    row = {"key": key_of(cell, seeds), "cell": cell.name, "seeds": [seeds[0], seeds[-1]]}
+    pictures = cell.pictures(seeds, device).float().cpu()
+    row = {"key": key_of(cell, seeds, device), "cell": cell.name, "seeds": [seeds[0], seeds[-1]]}
     if not pictures.isfinite().all():
         return {**row, "diverged": True}
     shown = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -226,13 +221,16 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _everyone(value) -> list:
-    """The value of each process."""
+def _everyone(value, first: bool = False) -> list:
+    """The value of each process; with `first`, on the first one alone."""
     if world() == 1:
         return [value]
     out = [None] * world()
-    dist.all_gather_object(out, value)
-    return out
+    if not first:
+        dist.all_gather_object(out, value)
+        return out
+    dist.gather_object(value, out if rank() == 0 else None)
+    return out if rank() == 0 else []
 
 
 def held(folder: Path) -> Dict[str, dict]:
@@ -243,14 +241,15 @@ def held(folder: Path) -> Dict[str, dict]:
     return rows
 
 
-def sample(items: Sequence[Tuple[Cell, Sequence[int]]], folder: Path, quiet: bool = False) -> Tuple[Dict[str, dict], int]:
+def sample(items: Sequence[Tuple[Cell, Sequence[int]]], folder: Path, quiet: bool = False,
+           device: str = "cpu") -> Tuple[Dict[str, dict], int]:
     """Makes the blocks that no process has yet, each on one of them, and brings all of them to the first process.
 
     Returns:
         key -> row of all items (on the first process), and how many blocks this process made now.
     """
     here = held(folder)
-    wanted = {key_of(cell, seeds): (cell, seeds) for cell, seeds in items}
+    wanted = {key_of(cell, seeds, device): (cell, seeds) for cell, seeds in items}
     has = _everyone(sorted(here.keys() & wanted.keys()))
     somewhere = set().union(*has)
     missing = [item for key, item in wanted.items() if key not in somewhere][rank()::world()]
@@ -260,7 +259,7 @@ def sample(items: Sequence[Tuple[Cell, Sequence[int]]], folder: Path, quiet: boo
         bar = tqdm(total=sum(cost(*item) for item in missing), disable=quiet or rank() > 0, unit="call", unit_scale=True)
         for cell, seeds in missing:
             bar.set_postfix_str(cell.name, refresh=False)
-            row = block_row(cell, seeds)
+            row = block_row(cell, seeds, device)
             file.write(json.dumps(row) + "\n")
             file.flush()
             made.append(row)
@@ -270,7 +269,7 @@ def sample(items: Sequence[Tuple[Cell, Sequence[int]]], folder: Path, quiet: boo
     lent = made if rank() else []
     lent = lent + [here[key] for key in has[rank()] if key not in has[0]]
     rows = {**here, **{row["key"]: row for row in made}}
-    for part in _everyone(lent):
+    for part in _everyone(lent, first=True):
         rows.update({row["key"]: row for row in part})
     if rank() == 0 and world() > 1:
         written = held(folder)
@@ -478,14 +477,16 @@ class Results:
         seeds: the blocks, in order.
         rows: from `sample`.
         folder: where evaluate_measured.jsonl keeps what was measured.
+        device: where the blocks were made.
     """
 
-    def __init__(self, cells: Sequence[Cell], seeds: Sequence[Sequence[int]], rows: Dict[str, dict], folder: Path):
+    def __init__(self, cells: Sequence[Cell], seeds: Sequence[Sequence[int]], rows: Dict[str, dict], folder: Path,
+                 device: str = "cpu"):
         self.reference, self.blocks, self.path = load_reference(), {}, folder / "evaluate_measured.jsonl"
         for cell in cells:
             found = []
             for some in seeds:
-                row = rows.get(key_of(cell, some))
+                row = rows.get(key_of(cell, some, device))
                 if row is None:
                     break
                 found.append((some, row))
@@ -682,6 +683,7 @@ def main(argv=None) -> int:
     parser.add_argument("--block", type=int, default=BLOCK, help="seeds of a batch; another size is another set")
     parser.add_argument("--filter", default=SHOWN, metavar="REGEX", help="samplers whose name it finds ('' for all)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evaluate"), help="folder of the results")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the network; each is a set of its own")
     parser.add_argument("--sample", action="store_true", help="sample only, no report")
     parser.add_argument("--report", action="store_true", help="report what is finished, sample nothing")
     parser.add_argument("--reference", action="store_true", help="make the file of the real pictures' features, and end")
@@ -691,15 +693,19 @@ def main(argv=None) -> int:
         make_reference()
         return 0
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # A process may have to wait long for the others at the end.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     cells = plan(args.process, args.guidance, args.calls, args.filter)
     seeds = blocks(args.count, args.block)
-    rows, made = (held(args.out), 0) if args.report else sample([(cell, some) for some in seeds for cell in cells], args.out)
+    items = [(cell, some) for some in seeds for cell in cells]
+    rows, made = (held(args.out), 0) if args.report else sample(items, args.out, device=args.device)
     first = rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()
     if first and not args.sample:
-        results = Results(cells, seeds, rows, args.out)
+        results = Results(cells, seeds, rows, args.out, args.device)
         if not results.blocks:
             parser.error(f"--report: no block of these cells is in {args.out}")
         text = report(results, args.out)

@@ -24,6 +24,7 @@ another size, is said at the top of the table.
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import hashlib
 import importlib
@@ -73,7 +74,8 @@ class Edm:
             for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500"), ("RANK", "0"), ("LOCAL_RANK", "0"),
                                 ("WORLD_SIZE", "1")):
                 os.environ.setdefault(name, value)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # The first process looks through the images alone.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
         if self.device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         shared.init = lambda: None          # the group is there

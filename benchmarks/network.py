@@ -33,9 +33,9 @@ BASE = "comfyui ode"
 class Network:
     """The guided network on rows: model(x of shape (count, pixels), sigma) -> D."""
 
-    def __init__(self, process: str, guidance: float, labels: torch.Tensor):
+    def __init__(self, process: str, guidance: float, labels: torch.Tensor, device: str = "cpu"):
         self.process, self.calls = process, 0
-        self.network = guided(load_model(process).to(memory_format=torch.channels_last), labels, guidance)
+        self.network = guided(load_model(process, device).to(memory_format=torch.channels_last), labels, guidance)
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:

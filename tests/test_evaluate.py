@@ -35,8 +35,8 @@ def cell(name, process="ve", guidance=1.0, calls=5):
 
 def path_of(name, process="ve", count=40000, seeds=range(2)):
     one = cell(name, process)
-    nodes = one.sigmas(evaluate.NODES, evaluate.NODES)[:-1].tolist()
-    return evaluate.SeedNoise(torch.zeros(len(seeds), count, dtype=torch.float64), seeds, one.clock, nodes), one
+    x = torch.zeros(len(seeds), count, dtype=torch.float64)
+    return evaluate.SeedNoise(x, seeds, one.clock, one.nodes()), one
 
 
 @pytest.mark.parametrize("name, process", [("ours sde_5", "ve"), ("ours sde", "flow"), ("k-diffusion dpmpp_sde", "ve")])
@@ -59,7 +59,7 @@ def test_more_calls_follow_the_same_path():
         other.at(low)
     # Points of its own between two nodes are another draw there: the nodes are what they share.
     assert (whole * other(80.0, 0.5)).mean() > 0.95
-    nodes = cell("ours sde_5").sigmas(evaluate.NODES, evaluate.NODES)[:-1].tolist()
+    nodes = cell("ours sde_5").nodes()
     assert torch.equal(one(nodes[0], nodes[5]), other(nodes[0], nodes[5]))
 
 

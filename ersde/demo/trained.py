@@ -23,7 +23,7 @@ Tensor = torch.Tensor
 
 # EDM's sigma_max: at the 14.6 of Stable Diffusion the pictures' white paper still shows through the noise.
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.01
-_START = 1 << 32            # names the start in the noise, above the name of every sigma
+START = 1 << 32             # names the start in the noise, above the name of every sigma
 
 PEERS: Mapping[str, str] = MappingProxyType({
     "euler": "sample_euler", "euler_ancestral": "sample_euler_ancestral", "dpmpp_2m": "sample_dpmpp_2m",
@@ -37,10 +37,15 @@ def samplers(process: str = "ve") -> Sequence[str]:
     return (*ersde.PRESETS, *(name for name in PEERS if process == "ve" or name not in NOISY_PEERS))
 
 
-def schedule(process: str, steps: int) -> Tensor:
-    """Shape (steps + 1,), float64: Karras et al., rho 7, from 80 to 0.01 (`ve`); equal steps of time, shift 3 (`flow`)."""
+def schedule(process: str, steps: int, calls: Optional[int] = None) -> Tensor:
+    """Shape (steps + 1,), float64: Karras et al., rho 7, from 80 to 0.01 (`ve`); equal steps of time, shift 3 (`flow`).
+
+    calls: where a sampler makes more than one model call in a step, so that its last sigma above 0 is that of as many steps.
+    """
     check_int("steps", steps, 1, 1000)
-    return karras(steps, SIGMA_MAX, SIGMA_MIN) if process == "ve" else flow_schedule(steps)
+    if process == "ve":
+        return karras(steps, SIGMA_MAX, SIGMA_MIN)
+    return flow_schedule(steps, flow_schedule(calls)[-2].item() if calls else None)
 
 
 def settings_of(process: str) -> str:
@@ -52,7 +57,7 @@ def settings_of(process: str) -> str:
 
 def start(seeds: Sequence[int], process: str) -> Tensor:
     """The state at the first sigma, shape (seeds, 3, SIZE, SIZE), float32, of each seed alone."""
-    noise = np.stack([philox_normal(seed, 0, _START, 3 * SIZE * SIZE) for seed in seeds])
+    noise = np.stack([philox_normal(seed, 0, START, 3 * SIZE * SIZE) for seed in seeds])
     return torch.from_numpy(noise).reshape(-1, 3, SIZE, SIZE) * (SIGMA_MAX if process == "ve" else 1.0)
 
 
