@@ -653,7 +653,7 @@ def report(results: Results, folder: Path) -> str:
     (folder / "evaluate.json").write_text(json.dumps({"about": about, "questions": found, "cells": cells}, indent=1,
                                                      default=float) + "\n", encoding="utf-8")
     (folder / "evaluate.md").write_text(text, encoding="utf-8")
-    for process in dict.fromkeys(cell["process"] for cell in cells):
+    for process in dict.fromkeys(cell["process"] for cell in cells if not cell.get("diverged")):
         for what in ("frechet", "kernel"):
             draw(results, process, what).savefig(folder / f"evaluate_{process}_{what}.png")
     return text
