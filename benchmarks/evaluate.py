@@ -629,11 +629,15 @@ def draw(results: Results, process: str, what: str = "frechet"):
                      **results.of(cell, count)}
                     for cell in cells if cell.guidance == scale and cell.method.noisy == noisy]
             quality.draw_lines(axis, rows, what)
-            quality.number_calls(axis, (row["calls"] for row in rows))
             axis.set_yscale("log")
             axis.set_title(f"{'stochastic' if noisy else 'deterministic'}, guidance {scale:g}", loc="left", fontsize=10)
             if what == "frechet":
                 axis.axhline(results.reference.floor(count)[0], color="#888888", linestyle=":", linewidth=1)
+            low, high = axis.get_ylim()
+            ticks = [tick for power in range(-3, 4) for tick in (10.0 ** power, 2 * 10.0 ** power, 5 * 10.0 ** power)
+                     if low <= tick <= high]
+            axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            quality.number_calls(axis, (row["calls"] for row in rows))
     name = {"frechet": "squared Frechet distance (dotted: real pictures)", "kernel": "kernel distance x 1000"}[what]
     figure.suptitle(f"{name} to the training pictures, {process}, N = {count}", fontsize=11)
     return figure
