@@ -33,9 +33,9 @@ BASE = "comfyui ode"
 class Network:
     """The guided network on rows: model(x of shape (count, pixels), sigma) -> D."""
 
-    def __init__(self, process: str, guidance: float, count: int):
+    def __init__(self, process: str, guidance: float, labels: torch.Tensor, device: str = "cpu"):
         self.process, self.calls = process, 0
-        self.network = guided(load_model(process), torch.arange(count) % len(CLASSES), guidance)
+        self.network = guided(load_model(process, device).to(memory_format=torch.channels_last), labels, guidance)
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
@@ -53,7 +53,7 @@ def ratio(errors: np.ndarray, base: np.ndarray, resamples: int = 1000) -> List[f
 
 def cells(process: str, schedule: str, guidance: float, calls: int, count: int, chosen: str) -> Dict[str, List[float]]:
     """The RMS error of each picture, by sampler."""
-    model = Network(process, guidance, count)
+    model = Network(process, guidance, torch.arange(count) % len(CLASSES))
     sigmas = quality.schedule(schedule, calls, calls)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, 3 * SIZE * SIZE, generator=generator, dtype=torch.float64) * (SIGMA_MAX if process == "ve" else 1)

@@ -31,7 +31,7 @@ import re
 import statistics
 import textwrap
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Tuple
+from typing import IO, Callable, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -145,7 +145,8 @@ def _code(source: str) -> str:
 @functools.lru_cache(None)
 def _own_source() -> str:
     files = sorted(Path(ersde.__file__).parent.glob("*.py"))
-    return _digest(*(_code(path.read_text(encoding="utf-8")) for path in files if path.name != "plot.py"))
+    return _digest(*(_code(path.read_text(encoding="utf-8")) for path in files
+                     if path.name not in ("plot.py", "__main__.py")))
 
 
 def _run_preset(preset):
@@ -481,6 +482,16 @@ def load(path: Path, key: str = "fingerprint") -> Dict[str, dict]:
     return found
 
 
+def appending(path: Path) -> IO[str]:
+    """`path`, opened to append lines for `load`, behind a last line that was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
+    file = open(path, "a", encoding="utf-8")
+    if not whole:
+        file.write("\n")
+    return file
+
+
 def run(cells: List[Tuple[Problem, int, Method]], path: Path, quiet: bool = False) -> Tuple[List[dict], int]:
     """Measures the cells that `path` does not hold yet, appending a line each.
 
@@ -489,11 +500,7 @@ def run(cells: List[Tuple[Problem, int, Method]], path: Path, quiet: bool = Fals
     """
     done = load(path)
     rows, fresh = [], 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
-        if not whole:
-            file.write("\n")
+    with appending(path) as file:
         previous = None
         for problem, calls, method in tqdm(cells, disable=quiet, unit="cell"):
             if previous is not None and previous is not problem:
@@ -639,38 +646,51 @@ def _version(name: str) -> str:
         return "absent"
 
 
+def draw_lines(axis, rows: List[dict], key: str) -> None:
+    """row[key]'s value and interval by model calls, a line for each sampler in its family's style, with a legend."""
+    from ersde.plot import COLOURS
+
+    styles = {OURS: (COLOURS[1], "-", 2.2), COMFYUI: (COLOURS[0], "--", 2.2), PAPER: (COLOURS[2], "-.", 1.6),
+              KDIFFUSION: (COLOURS[3], "-", 1.0), AZULA: (COLOURS[4], "-", 1.0)}
+    seen: Dict[str, int] = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        cells = sorted((row for row in rows if row["method"] == name), key=lambda row: row["calls"])
+        family = cells[0]["family"]
+        colour, dash, width = styles[family]
+        marker = "osD^vP*X<>"[seen.setdefault(family, 0) % 10]
+        seen[family] += 1
+        value = np.array([row[key]["value"] for row in cells])
+        bounds = np.array([row[key]["interval"] for row in cells])
+        calls = [row["calls"] for row in cells]
+        axis.plot(calls, value, color=colour, linestyle=dash, linewidth=width, marker=marker, markersize=4,
+                  label=name)
+        axis.fill_between(calls, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.08,
+                          linewidth=0)
+    axis.set_xlabel("model calls")
+    axis.set_xscale("log")
+    if rows:
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def number_calls(axis, calls: Iterable[int]) -> None:
+    """Ticks at the calls, with numbers where there is room."""
+    ticks = sorted(set(calls))
+    close = [at > 0 and tick < 1.08 * ticks[at - 1] for at, tick in enumerate(ticks)]
+    axis.set_xticks(ticks, ["" if skip else str(tick) for tick, skip in zip(ticks, close)])
+    axis.minorticks_off()
+
+
 def draw(rows: List[dict], problem: str):
     """One problem's figure by calls: RMS error of deterministic runs, excess Frechet distance of stochastic ones."""
-    from ersde.plot import COLOURS, new_figure
+    from ersde.plot import new_figure
 
     figure, axes = new_figure(16, 5, 1, 2)
     rows = [row for row in rows if row["problem"] == problem and not row.get("diverged")]
-    styles = {OURS: (COLOURS[1], "-", 2.2), COMFYUI: (COLOURS[0], "--", 2.2), PAPER: (COLOURS[2], "-.", 1.6),
-              KDIFFUSION: (COLOURS[3], "-", 1.0), AZULA: (COLOURS[4], "-", 1.0)}
     for axis, noisy, key, title in ((axes[0, 0], False, "rms", "deterministic: mean RMS error to the exact flow"),
                                     (axes[0, 1], True, "excess", "stochastic: excess Frechet distance")):
-        names = list(dict.fromkeys(row["method"] for row in rows if row["noisy"] == noisy))
-        seen: Dict[str, int] = {}
-        for name in names:
-            cells = sorted((row for row in rows if row["method"] == name), key=lambda row: row["calls"])
-            family = cells[0]["family"]
-            colour, dash, width = styles[family]
-            marker = "osD^vP*X<>"[seen.setdefault(family, 0) % 10]
-            seen[family] += 1
-            value = np.array([row[key]["value"] for row in cells])
-            bounds = np.array([row[key]["interval"] for row in cells])
-            calls = [row["calls"] for row in cells]
-            axis.plot(calls, value, color=colour, linestyle=dash, linewidth=width, marker=marker, markersize=4,
-                      label=name)
-            axis.fill_between(calls, bounds[:, 0], bounds[:, 1], color=colour, alpha=0.08,
-                              linewidth=0)
+        draw_lines(axis, [row for row in rows if row["noisy"] == noisy], key)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("model calls")
-        axis.set_xscale("log")
-        ticks = sorted({row["calls"] for row in rows})
-        close = [at > 0 and tick < 1.08 * ticks[at - 1] for at, tick in enumerate(ticks)]
-        axis.set_xticks(ticks, ["" if skip else str(tick) for tick, skip in zip(ticks, close)])
-        axis.minorticks_off()
+        number_calls(axis, (row["calls"] for row in rows))
         if noisy:
             # Linear up to the floor's own noise, below which nothing can be told apart.
             floor = max((row["frechet"]["floor_sd"] * 2 for row in rows if row["noisy"]), default=1e-3)
@@ -678,8 +698,6 @@ def draw(rows: List[dict], problem: str):
             axis.set_ylim(bottom=-floor)
         else:
             axis.set_yscale("log")
-        if names:
-            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(problem, fontsize=11)
     return figure
 

@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 import problems  # noqa: E402
 
 from ersde.demo import __main__ as demo  # noqa: E402
-from ersde.demo import figures, mixture, pictures  # noqa: E402
+from ersde.demo import figures, mixture, pictures, trained  # noqa: E402
+from ersde.demo.network import CLASSES, load_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +99,78 @@ def test_a_seed_starts_alike_in_every_figure():
     assert torch.allclose(few / mixture.SIGMA_MAX, figures.start_noise(4, "flow"))
 
 
+def test_a_picture_in_colour_keeps_its_colours():
+    picture = torch.tensor([1.0, -1.0, 0.0]).reshape(3, 1, 1).expand(3, 4, 4)
+    assert pictures.enlarge(picture, 3).size == (12, 12)
+    assert pictures.enlarge(picture, 3).getpixel((5, 5)) == (255, 0, 128)
+    assert pictures.enlarge(9 * picture, 3).getpixel((5, 5))[:2] == (255, 0)
+    row = pictures.cell(torch.stack([picture, -picture]), 2, 3)
+    assert row.mode == "RGB" and row.getpixel((1, 1)) == (255, 0, 128) and row.getpixel((20, 1)) == (0, 255, 128)
+
+
+# --- the trained network ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {process: load_model(process) for process in ("ve", "flow")}
+
+
+@pytest.mark.parametrize("process", ["ve", "flow"])
+@pytest.mark.parametrize("sampler", ["sde_5", "texture", "comfyui", "euler", "dpmpp_2m_sde"])
+def test_a_picture_depends_on_its_seed_alone(models, process, sampler):
+    if sampler not in trained.samplers(process):
+        return
+    if sampler in trained.PEERS and trained.k_diffusion() is None:
+        pytest.skip("no k-diffusion")
+    model, labels = models[process], trained.labels_of(3)
+    batch = trained.sample(model, sampler, 4, [7, 8, 9], labels)
+    alone = trained.sample(model, sampler, 4, [8], labels[1:2])
+    assert batch.shape == (3, 3, 32, 32) and torch.isfinite(batch).all()
+    assert torch.allclose(batch[1:2], alone, atol=2e-3)
+    assert (batch[0] - batch[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("process", ["ve", "flow"])
+def test_the_pictures_are_those_of_the_library(models, process):
+    """The same run, written out with the public functions."""
+    import ersde
+    from ersde.demo.network import guided
+
+    x, sigmas = trained.start([5], process), trained.schedule(process, 5)
+    expected = ersde.sample_er_sde_few_steps(guided(models[process], "flag", 2.0), x, sigmas, {"seed": [5]}, disable=True,
+                                             process=process)
+    assert torch.equal(trained.sample(models[process], "few_steps", 5, [5], ["flag"], cfg=2.0), expected)
+
+
+def test_peers_are_k_diffusion_s_and_converge_to_our_ode(models):
+    if trained.k_diffusion() is None:
+        pytest.skip("no k-diffusion")
+    make = lambda name, steps: trained.sample(models["ve"], name, steps, [1, 2], ["flag", "face"], cfg=1.0)
+    ours, theirs = make("ode", 40), make("dpmpp_2m", 40)
+    assert (ours - theirs).square().mean().sqrt() < 0.05
+    few = make("dpmpp_2m", 4)
+    assert (few - theirs).square().mean().sqrt() > 0.05
+
+
+def test_a_sampler_that_is_wrong_for_flow_is_refused(models):
+    with pytest.raises(ValueError, match="sampler must be one of"):
+        trained.sample(models["flow"], "euler_ancestral", 4, [1], ["flag"])
+
+
+def test_labels_go_in_turn():
+    assert trained.labels_of(12)[9:] == [CLASSES[9], CLASSES[0], CLASSES[1]]
+    assert trained.labels_of(2, "flag") == ["flag", "flag"]
+
+
+def test_without_k_diffusion_the_page_says_so(monkeypatch):
+    monkeypatch.setattr(trained, "k_diffusion", lambda: None)
+    work = figures.Trained(figures.QUICK)
+    assert work.rows(["ode", "euler"]) == ["ode"]
+    shown, _ = work.grid("peers")
+    assert "k-diffusion is not installed" in shown.settings
+
+
 # --- the sentences ------------------------------------------------------------
 
 
@@ -131,7 +204,7 @@ def test_the_last_line_names_the_page(run):
 
 
 def test_progress_names_its_parts(run):
-    for part in ("presets, ve", "eta and s_noise", "error, flow", "100%"):
+    for part in ("samplers, peers", "eta and s_noise", "error, flow", "100%"):
         assert part in run[1].stderr
 
 
@@ -139,7 +212,7 @@ def test_every_link_leads_somewhere(run):
     out, _ = run
     page = Page((out / "index.html").read_text(encoding="utf-8"))
     assert page.open == []
-    assert len(page.images) == 10
+    assert len(page.images) == 12
     for link in page.links:
         if link.startswith("#"):
             assert link[1:] in page.ids
@@ -159,7 +232,8 @@ def test_pictures_have_their_size_and_alt_text(run):
 
 def test_the_page_says_what_it_owes(run):
     text = (run[0] / "index.html").read_text(encoding="utf-8")
-    for words in ("1797", "UCI", "CC&nbsp;BY&nbsp;4.0", torch.__version__, "--quick", "seeds", "median"):
+    for words in ("1797", "UCI", "CC&nbsp;BY&nbsp;4.0", "Noto Color Emoji", "Apache License 2.0", "k-diffusion",
+                  torch.__version__, "--quick", "seeds", "median"):
         assert words in text
     for words in ("<script", "http://", "https://", "nan", "None"):
         assert words not in text
@@ -167,7 +241,7 @@ def test_the_page_says_what_it_owes(run):
 
 def test_other_files_stay(run):
     assert (run[0] / "mine.txt").read_text() == "kept"
-    assert len(list(run[0].iterdir())) == 12
+    assert len(list(run[0].iterdir())) == 14
 
 
 # --- what can go wrong --------------------------------------------------------
@@ -205,10 +279,9 @@ def test_an_unknown_argument_ends_with_code_2(capsys):
 
 def test_the_planned_number_of_model_calls_is_the_real_one():
     """The progress bar ends at 100 %."""
-    size = figures.Size((4,), (1.0,), (2.0,), 2, 2, (4, 5), (4,), 4)
+    size = figures.Size((4,), (1.0,), (1.0,), (2.0,), (2, 2), 2, (4, 5), (4,), 4)
     done = []
-    work = figures.Work(size, done.append)
-    for what, calls, make in work.parts():
+    for what, calls, make in figures.Trained(size, done.append).parts() + figures.Work(size, done.append).parts():
         done.clear()
         make()
         assert sum(done) == calls, what

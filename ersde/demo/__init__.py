@@ -1,1 +1,1 @@
-"""The standalone demo, `python -m ersde.demo`: real pictures from a model that is known in closed form."""
+"""The embedded model, the standalone demo `python -m ersde.demo`, and the command line `python -m ersde`."""

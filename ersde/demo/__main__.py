@@ -16,10 +16,10 @@ _MISSING = "the demo needs {}, which this Python does not have; `python install.
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ersde.demo",
-        description="Sample handwritten digits from an exact model with every preset and write a page that shows them.")
+        description="Sample small pictures from the trained network with every preset and write a page that shows them.")
     parser.add_argument("--out", default="demo_out", metavar="DIR",
                         help="folder for the page and its pictures, made if it is not there (default: demo_out)")
-    parser.add_argument("--quick", action="store_true", help="fewer steps and seeds: a few seconds, for a first look")
+    parser.add_argument("--quick", action="store_true", help="fewer steps: a few seconds, for a first look")
     return parser
 
 
@@ -50,6 +50,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     if problem:
         return _fail(problem)
     try:
+        import safetensors  # noqa: F401
         import sklearn
         import torch
         from tqdm import tqdm
@@ -66,7 +67,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         with tqdm(total=1, unit="call", bar_format="{desc:<24} {percentage:3.0f}% |{bar}| {elapsed} left {remaining}",
                   mininterval=0.2) as bar:
             work = figures.Work(size, bar.update)
-            parts = work.parts()
+            parts = figures.Trained(size, bar.update).parts() + work.parts()
             bar.total = sum(calls for _, calls, _ in parts)
             done = []
             for what, _, make in parts:

@@ -9,8 +9,9 @@ import torch
 import ersde
 from ersde import plot
 
-from . import pictures
-from .mixture import SIGMA_MAX, SIGMA_MIN, Mixture, digits, fine_solution, fine_steps, flow_schedule, karras
+from . import pictures, trained
+from .mixture import SIGMA_MAX, SIGMA_MIN, digits, fine_solution, fine_steps, flow_schedule, karras
+from .network import load_model
 
 Tensor = torch.Tensor
 
@@ -23,25 +24,27 @@ class Size:
     """How much is computed.
 
     Attributes:
-        steps: the columns of the preset grids.
-        sweep: values of eta and s_noise.
+        steps: the columns of the grids.
+        sweep: values of eta and s_noise; etas: those of the noise scales' figure.
         guidance: guidance scales.
-        measure: seeds behind each number of the sweep figure; error_seeds: of the error figures.
+        run: steps of a run in the guidance figure and in the sweeps.
+        error_seeds: seeds behind each number of the error figures.
         error_steps: step counts of the error figure; table: those of its table.
         fine: RK4 steps of the fine solution per unit of log sigma; its check runs with half of them.
     """
 
-    steps: Tuple[int, ...] = (4, 5, 6, 8, 10, 15, 20, 30, 50)
+    steps: Tuple[int, ...] = (4, 6, 8, 10, 15, 30)
     sweep: Tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    guidance: Tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5)
-    measure: int = 64
+    etas: Tuple[float, ...] = (0.5, 1.0, 1.5)
+    guidance: Tuple[float, ...] = (1.0, 2.0, 4.0, 7.5, 12.0)
+    run: Tuple[int, int] = (8, 16)
     error_seeds: int = 64
     error_steps: Tuple[int, ...] = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
     table: Tuple[int, ...] = (4, 8, 16, 32, 64, 128)
     fine: int = 64
 
 
-QUICK = Size((4, 10), (0.0, 1.0), (1.0, 5.0), 8, 8, (4, 8, 16), (4, 8, 16), 8)
+QUICK = Size((4,), (0.0, 1.0), (1.0,), (1.0, 5.0), (4, 4), 8, (4, 8, 16), (4, 8, 16), 8)
 
 SOLVERS: Dict[str, Dict[str, object]] = {
     "exact, order 3, corrector": {"method": "exact", "corrector": True},
@@ -49,11 +52,17 @@ SOLVERS: Dict[str, Dict[str, object]] = {
     "paper, order 3": {"method": "paper", "corrector": False},
     "comfyui, order 3": {"method": "comfyui", "corrector": False},
 }
-FLOW_PRESETS = ("sde_5", "ode", "sde", "sde_4", "comfyui", "few_steps", "flat", "texture")
-GUIDED = {
-    **{name: ersde.PRESETS[name] for name in ("ode", "few_steps", "sde_5", "comfyui", "sde")},
-    "sde, method\ncomfyui": ersde.PRESETS["sde"].replace(method="comfyui", corrector=False),
+# figure -> process and rows
+GRIDS = {
+    "peers": ("ve", ("sde_5", "comfyui", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "few_steps", "ode", "dpmpp_2m",
+                     "euler")),
+    "presets": ("ve", tuple(ersde.PRESETS)),
+    "flow": ("flow", ("sde_5", "comfyui", "few_steps", "ode", "dpmpp_2m", "euler", "sde", "sde_4", "flat", "texture")),
 }
+GUIDED = ("sde_5", "ode", "few_steps", "comfyui", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde")
+LABELS = ("face", "animal", "flag", "person")       # of the four pictures in each cell
+CFG = 3.0
+COST = 20                                           # of a call of the network in the progress bar, in calls of the mixture
 
 
 @dataclass
@@ -100,8 +109,126 @@ def settings_of(process: str) -> str:
     return "Process flow, equal steps of time from sigma 1, shifted by 3 as in SD3, then 0"
 
 
+class Trained:
+    """The figures of the trained network.
+
+    Args:
+        tick: called with a number of calls that are done, a call of the network counting `COST`.
+    """
+
+    def __init__(self, size: Size, tick: Callable[[int], None] = lambda calls: None):
+        self.size, self.tick = size, tick
+        self.models = {process: load_model(process).to(memory_format=torch.channels_last) for process in ("ve", "flow")}
+        self.seeds = range(SEED, SEED + len(LABELS))
+        self.has_peers = trained.k_diffusion() is not None
+        self._cells: Dict[tuple, Tensor] = {}       # of the grids, which share some
+
+    def rows(self, names: Sequence[str]) -> Sequence[str]:
+        """Those that this Python can run."""
+        return [name for name in names if self.has_peers or name not in trained.PEERS]
+
+    def made(self, sampler, steps: int, process: str = "ve", cfg: float = CFG) -> Tensor:
+        """A cell's pictures, shape (len(LABELS), 3, 32, 32)."""
+        return trained.sample(self.models[process], sampler, steps, self.seeds, LABELS, cfg=cfg,
+                              callback=lambda info: self.tick(COST))
+
+    def parts(self) -> List[Tuple[str, int, Callable[[], Shown]]]:
+        """(description, calls, what computes it) of every figure, in the page's order."""
+        size = self.size
+        few, many = size.run
+        cost = lambda *calls: COST * sum(calls)
+        fresh, seen = {}, set()
+        for figure, (process, names) in GRIDS.items():
+            fresh[figure] = len({(process, name) for name in self.rows(names)} - seen)
+            seen |= {(process, name) for name in names}
+        return [
+            *((f"samplers, {figure}", cost(*size.steps) * fresh[figure], lambda figure=figure: self.grid(figure))
+              for figure in GRIDS),
+            ("guidance", cost(few) * len(self.rows(GUIDED)) * len(size.guidance), self.guidance),
+            ("eta and s_noise", cost(many) * 4 * len(size.sweep), self.sweep),
+            ("noise scales", cost(many) * len(ersde.NOISE_SCALES) * len(size.etas), self.scales),
+        ]
+
+    def settings(self, process: str = "ve", cfg: str = f"guidance {CFG:g}") -> str:
+        return (f"{trained.settings_of(process)}; {cfg}. Four seeds ({', '.join(LABELS)}), the same start and the same "
+                "stream of noise in every cell.")
+
+    def cell(self, sampler: str, steps: int, process: str) -> Tensor:
+        key = (sampler, steps, process)
+        if key not in self._cells:
+            self._cells[key] = self.made(sampler, steps, process)
+        return self._cells[key]
+
+    def grid(self, figure: str) -> Tuple[Shown, object]:
+        steps, (process, names) = self.size.steps, GRIDS[figure]
+        names = self.rows(names)
+        cells = [[self.cell(name, n, process) for n in steps] for name in names]
+        image = pictures.grid(cells, names, [str(n) for n in steps], "steps", 2)
+        peers = [name for name in names if name in trained.PEERS]
+        notes = []
+        if peers:
+            notes.append(f"{', '.join(peers)} are k-diffusion's own functions.")
+        elif not self.has_peers:
+            notes.append("k-diffusion is not installed in this Python, so its samplers are left out.")
+        if process == "flow" and peers:
+            notes.append("Its stochastic ones add noise for alpha = 1, which is wrong for flow.")
+        title, look = {
+            "peers": ("Beside other samplers, at the same number of model calls", (
+                "Above, samplers with noise; below, without. Look to the left for who needs the fewest calls: blur, stray "
+                "colour and broken shapes mark too few.")),
+            "presets": ("The presets by number of steps", (
+                "Follow a row: a preset without noise (ode, few_steps) settles on one picture per seed as steps grow; one "
+                "with noise draws other noise for other sigmas, so its pictures change along the row.")),
+            "flow": ("The same on a flow model", "Rectified flow, as in SD3, Flux or Wan: the noise has to fit alpha = 1 - "
+                                                 "sigma, and then the same presets do the same."),
+        }[figure]
+        return Shown(
+            f"{figure}.png", title, look,
+            " ".join([f"{self.settings(process)} comfyui is ComfyUI's formulas.", *notes]),
+            f"A table of generated pictures: {len(names)} samplers in rows, {len(steps)} numbers of steps from {steps[0]} "
+            f"to {steps[-1]} in columns, four pictures in each cell."), image
+
+    def guidance(self) -> Tuple[Shown, object]:
+        steps, names = self.size.run[0], self.rows(GUIDED)
+        cells = [[self.made(name, steps, cfg=scale) for scale in self.size.guidance] for name in names]
+        image = pictures.grid(cells, names, [f"{scale:g}" for scale in self.size.guidance], "guidance", 2)
+        return Shown(
+            "guidance.png", "Guidance towards the class",
+            "Strong guidance over few steps is the hardest case for a multistep solver: look for burnt colours, hard edges "
+            "and lost shapes to the right.",
+            f"{self.settings(cfg=f'{steps} steps, D = D_null + guidance (D_class - D_null)')}",
+            f"A table of generated pictures: {len(names)} samplers in rows, guidance {self.size.guidance[0]:g} to "
+            f"{self.size.guidance[-1]:g} in columns."), image
+
+    def sweep(self) -> Tuple[Shown, object]:
+        values, steps = self.size.sweep, self.size.run[1]
+        rows = [(name, field) for name in ("sde_5", "sde") for field in ("eta", "s_noise")]
+        cells = [[self.made(ersde.PRESETS[name].replace(**{field: v}), steps) for v in values] for name, field in rows]
+        image = pictures.grid(cells, ["\n".join(row) for row in rows], [f"{v:g}" for v in values], "value", 2)
+        return Shown(
+            "sweep.png", "eta and s_noise",
+            "eta turns the noise scale from the ODE (0) to the function as published (1) and beyond: the picture changes, "
+            "its quality should not. s_noise other than 1 adds too little or too much noise for what the step takes away, "
+            "so look for blur to the left and grain to the right.",
+            f"{self.settings()} {steps} steps.",
+            "A table of generated pictures: eta and s_noise of the presets sde_5 and sde in rows, values "
+            f"{values[0]:g} to {values[-1]:g} in columns."), image
+
+    def scales(self) -> Tuple[Shown, object]:
+        etas, steps, names = self.size.etas, self.size.run[1], tuple(ersde.NOISE_SCALES)
+        make = lambda name, eta: ersde.PRESETS["sde_5"].replace(noise_scale=name, eta=eta)
+        cells = [[self.made(make(name, eta), steps) for name in names] for eta in etas]
+        image = pictures.grid(cells, [f"eta {eta:g}" for eta in etas], names, "", 2)
+        return Shown(
+            "scales.png", "The noise scales in pictures",
+            "One solver, the same seeds, seven noise scales: sde_1 stays with the ODE, sde_5 varies what happens early, "
+            "sde_2, sde and sde_3 draw ever more of the picture anew.",
+            f"{self.settings()} {steps} steps.",
+            f"A table of generated pictures: eta in rows, {len(names)} noise scales in columns."), image
+
+
 class Work:
-    """One run: the size, the models, and a progress callback that counts model calls.
+    """The curves, and the errors on a model that is known in closed form.
 
     Args:
         tick: called with a number of model calls that are done.
@@ -111,16 +238,6 @@ class Work:
         self.size, self.tick = size, tick
         self.models = {process: digits(process, STD) for process in ("ve", "flow")}
 
-    def preset(self, name, steps: int, process: str, count: int, model: Mixture = None) -> Tensor:
-        """Pictures of a preset, shape (count, 8, 8)."""
-        x = start_noise(count, process).float()
-        out = ersde.sample_preset(model or self.models[process], x, schedule(process, steps), name,
-                                  extra_args={"seed": SEED}, disable=True, process=process)
-        self.tick(steps)
-        return out[:, 0]
-
-    # --- the parts, each with the model calls it takes -----------------------------------------------------------
-
     def parts(self) -> List[Tuple[str, int, Callable[[], Shown]]]:
         """(description, model calls, what computes it) of every figure, in the page's order."""
         size = self.size
@@ -128,75 +245,13 @@ class Work:
             sum(fine_steps(process, high(process), self.ends(process), n)) for n in (size.fine, size.fine // 2))
             for process in ("ve", "flow")}
         return [
-            ("presets, ve", len(ersde.PRESETS) * sum(size.steps), lambda: self.presets("ve", tuple(ersde.PRESETS))),
-            ("presets, flow", len(FLOW_PRESETS) * sum(size.steps), lambda: self.presets("flow", FLOW_PRESETS)),
-            ("guidance", len(GUIDED) * len(size.guidance) * 10, self.guidance),
-            ("eta and s_noise", 4 * len(size.sweep) * 20, self.sweep),
-            ("noise scales", 0, self.noise_scales),
+            ("noise scale functions", 0, self.noise_scales),
             ("noise per step, ve", 0, lambda: self.injected("ve")),
             ("noise per step, flow", 0, lambda: self.injected("flow")),
             ("weights", 0, self.weights),
             ("error, ve", error["ve"], lambda: self.error("ve")),
             ("error, flow", error["flow"], lambda: self.error("flow")),
         ]
-
-    def presets(self, process: str, names: Sequence[str]) -> Tuple[Shown, object]:
-        steps = self.size.steps
-        cells = [[self.preset(name, n, process, 4) for n in steps] for name in names]
-        image = pictures.grid(cells, names, [str(n) for n in steps], "steps")
-        return Shown(
-            f"presets_{process}.png", f"Presets by number of steps, {process}",
-            "Follow a row: a preset without noise (ode, few_steps) settles on one picture per seed as steps "
-            "grow; one with noise draws other noise for other sigmas, so its pictures change along the row. Grey "
-            "smears to the left mark too few steps.",
-            f"{settings_of(process)}. Four seeds, the same start noise in every cell. The stochastic windows of "
-            "flat and texture are counted in steps.",
-            f"A table of generated handwritten digits: {len(names)} presets in rows, {len(steps)} numbers of "
-            f"steps from {steps[0]} to {steps[-1]} in columns, four digits in each cell."), image
-
-    def guidance(self) -> Tuple[Shown, object]:
-        cells, notes = [], []
-        models = [digits("ve", STD, scale, 3) for scale in self.size.guidance]
-        for preset in GUIDED.values():
-            made = [self.preset(preset, 10, "ve", self.size.measure, model) for model in models]
-            cells.append([sample[:4] for sample in made])
-            notes.append([f"{model.nearest(sample).median().item():.3f}" for model, sample in zip(models, made)])
-        image = pictures.grid(cells, tuple(GUIDED), [f"{scale:g}" for scale in self.size.guidance], "guidance", 10,
-                              notes=notes)
-        return Shown(
-            "guidance.png", "Guidance towards the digit 3",
-            "Strong guidance over few steps is the hardest case for a multistep solver: look for smears and "
-            "blotches to the right. The last two rows are the same noise scale with this pack's solver and with "
-            "comfyui's formulas.",
-            f"{settings_of('ve')}, 10 steps; D = D_all + guidance (D_3 - D_all). Under each cell: the RMS distance "
-            f"per pixel to the nearest data picture, median over {self.size.measure} seeds, of which the first four "
-            "are shown; the same start noise in every cell.",
-            f"A table of generated digits: {len(GUIDED)} settings in rows, guidance {self.size.guidance[0]:g} to "
-            f"{self.size.guidance[-1]:g} in columns."), image
-
-    def sweep(self) -> Tuple[Shown, object]:
-        values, count = self.size.sweep, self.size.measure
-        rows, cells, notes = [], [], []
-        for name in ("sde_5", "sde"):
-            for field in ("eta", "s_noise"):
-                preset = ersde.PRESETS[name]
-                made = [self.preset(preset.replace(**{field: v}), 20, "ve", count) for v in values]
-                rows.append(f"{name}\n{field}")
-                cells.append([sample[:4] for sample in made])
-                notes.append([f"{self.models['ve'].nearest(p).median().item():.3f}" for p in made])
-        image = pictures.grid(cells, rows, [f"{v:g}" for v in values], "value", 10, notes=notes)
-        model = self.models["ve"]
-        exact = model.nearest(model.data(1000, torch.Generator().manual_seed(SEED))).median().item()
-        return Shown(
-            "sweep.png", "eta and s_noise",
-            "eta turns the noise scale from the ODE (0) to the function as published (1) and beyond, and the "
-            "numbers under the cells should stay level; s_noise other than 1 adds too little or too much noise "
-            "for what the step takes away, so they should fall to the left and rise to the right.",
-            f"{settings_of('ve')}, 20 steps. Under each cell: the RMS distance per pixel to the nearest of the "
-            f"{len(model.means)} data pictures, median over {count} seeds; for 1000 exact samples of the model it "
-            f"is {exact:.3f}. The four pictures are the first four of these seeds.",
-            "A table of generated digits: eta and s_noise of the presets sde_5 and sde in rows, values "
-            f"{values[0]:g} to {values[-1]:g} in columns."), image
 
     def noise_scales(self) -> Tuple[Shown, object]:
         return Shown(
@@ -260,9 +315,10 @@ class Work:
             f"error_{process}.png", f"Error by number of steps, {process}",
             "Lower is better; a steeper line gains more from every further step. A dip at one number of steps can be "
             "an error that changes its sign there.",
-            f"ODE member (eta = 0), order 3, float64. {settings_of(process)}. Plotted: the median over {count} "
-            "seeds of each picture's RMS difference per pixel to a fine solution of the same ODE, from the same "
-            f"start to the same last sigma (RK4, {size.fine} steps per unit of log sigma; with half as many it "
+            "Handwritten digits of 8 x 8 pixels as a mixture of Gaussians, whose denoiser is known in closed form, so that "
+            f"errors can be measured. ODE member (eta = 0), order 3, float64. {settings_of(process)}. Plotted: the median "
+            f"over {count} seeds of each picture's RMS difference per pixel to a fine solution of the same ODE, from the "
+            f"same start to the same last sigma (RK4, {size.fine} steps per unit of log sigma; with half as many it "
             f"differs by at most {check:.1e} in the same measure). The median, because a mean would mostly count "
             "the few seeds that end at another digit.",
             f"Error against number of steps on logarithmic axes for {len(SOLVERS)} solvers.",

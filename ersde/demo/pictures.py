@@ -12,11 +12,14 @@ INK, QUIET, PAPER = "#1b1b1b", "#666666", "#ffffff"
 
 
 def enlarge(picture: Tensor, scale: int) -> Image.Image:
-    """A picture of shape (height, width), -1 white paper to 1 black ink, each side `scale` times as long.
+    """A picture, each side `scale` times as long: (3, height, width) in colour, or (height, width), -1 paper to 1 ink.
 
-    Bicubic, because a digit of 8 x 8 squares is hard to read; values are not clipped before it.
+    Bicubic in grey, because a digit of 8 x 8 squares is hard to read; values are not clipped before it.
     """
-    height, width = picture.shape
+    height, width = picture.shape[-2:]
+    if picture.ndim == 3:
+        colour = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        return Image.fromarray(colour).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     grey = ((1.0 - picture.float()) * 0.5).numpy()
     large = Image.fromarray(grey).resize(
         (width * scale, height * scale), Image.Resampling.BICUBIC)
@@ -24,10 +27,11 @@ def enlarge(picture: Tensor, scale: int) -> Image.Image:
 
 
 def cell(pictures: Tensor, columns: int, scale: int, gap: int = 2) -> Image.Image:
-    """Pictures of shape (count, height, width) side by side, `columns` to a row."""
-    count, height, width = pictures.shape
+    """Pictures of shape (count, height, width), or (count, 3, height, width), side by side, `columns` to a row."""
+    count, height, width = len(pictures), *pictures.shape[-2:]
     rows = -(-count // columns)
-    out = Image.new("L", (columns * (width * scale + gap) - gap, rows * (height * scale + gap) - gap), 200)
+    size = columns * (width * scale + gap) - gap, rows * (height * scale + gap) - gap
+    out = Image.new("RGB", size, (235,) * 3) if pictures.ndim == 4 else Image.new("L", size, 200)
     for i, picture in enumerate(pictures):
         row, column = divmod(i, columns)
         out.paste(enlarge(picture, scale), (column * (width * scale + gap), row * (height * scale + gap)))
@@ -39,7 +43,7 @@ def grid(cells: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequen
     """A table of cells with headings.
 
     Args:
-        cells: [row][column] -> pictures of shape (count, height, width); all cells alike.
+        cells: [row][column] -> pictures as for `cell`; all cells alike.
         rows, columns: headings; a row's may hold line breaks.
         corner: what the columns' headings are, above the rows' headings.
         notes: [row][column] -> a line under the cell; empty for none.
