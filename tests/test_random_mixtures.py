@@ -1,0 +1,48 @@
+"""The benchmark on random mixtures: the same mixture for a seed, cells of both processes, a run that goes on."""
+import json
+
+import torch
+
+from benchmarks import random_mixtures
+from benchmarks.random_mixtures import drawn, main, table
+
+
+def test_a_seed_is_a_mixture():
+    first, again, other = drawn(3), drawn(3), drawn(4)
+    assert torch.equal(first["means"], again["means"]) and torch.equal(first["std"], again["std"])
+    assert first["means"].shape != other["means"].shape or not torch.equal(first["means"], other["means"])
+    for seed in range(40):
+        parts = drawn(seed)
+        assert (parts["label"] is None) == (parts["guidance"] is None)
+        assert parts["label"] is None or 0 < parts["label"].sum() < len(parts["means"])
+
+
+def test_the_table_counts_what_is_worse_with_its_whole_interval():
+    cell = {"process": "ve", "schedule": "karras", "steps": 5, "guidance": 1.0, "dim": 2, "parts": 3, "comfyui": 0.1}
+    rows = [{**cell, "ratio": 0.5, "low": 0.4, "high": 0.6}, {**cell, "ratio": 2.0, "low": 1.5, "high": 2.5},
+            {**cell, "ratio": 1.1, "low": 1.0, "high": 1.2}] + [
+            {**cell, "steps": steps, "ratio": 1.0, "low": 1.0, "high": 1.0} for steps in random_mixtures.STEPS[1:]]
+    lines = table(rows, 1).splitlines()
+    assert "| 5 | 1.03 | 33.3% | 1 of 3 | 2.00 |" in lines
+    assert [line for line in lines if "(1.50 to 2.50)" in line] == [
+        "| ve / karras / 5 | 1 | 2 | 3 | 0.1 | 2.00 (1.50 to 2.50) |"]
+    assert not any("(1.00 to 1.20)" in line for line in lines)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(random_mixtures, "POINTS", 4)
+    monkeypatch.setattr(random_mixtures, "EXACT_STEPS", 40)
+    monkeypatch.setattr(random_mixtures, "STEPS", (5, 8))
+    main(["--count", "1", "--out", str(tmp_path)])
+    first = capsys.readouterr().out
+    file = tmp_path / "random_mixtures.jsonl"
+    file.write_text(file.read_text() + '{"key": "cut')
+    asked = []
+    measure = random_mixtures.measure
+    monkeypatch.setattr(random_mixtures, "measure", lambda seed: asked.append(seed) or measure(seed))
+    main(["--count", "2", "--out", str(tmp_path)])
+    assert asked == [2]
+    assert first != capsys.readouterr().out
+    good = [json.loads(line) for line in file.read_text().splitlines() if "cut" not in line]
+    assert [len(row["cells"]) for row in good] == [6, 6]
+    assert "2 random mixtures, 12 cells" in (tmp_path / "random_mixtures.md").read_text()
