@@ -1,6 +1,6 @@
 """How fast the deterministic error falls: "exact", "paper" and "comfyui" against an exact probability flow.
 
-    python -m benchmarks.convergence [--json FILE]
+    python -m benchmarks.convergence [--count 512] [--json FILE]
 
 Three tables.  Observed order: least squares of log error over log steps on Gaussian data (the flow is known in closed form),
 equal steps of log lambda from 10 to 0.1, from an ordinary start and with the first evaluations exact.  64 steps on a mixture
@@ -64,7 +64,7 @@ def interval(errors, base, resamples=1000):
     return [float(q) for q in np.quantile(ratios, (0.025, 0.975))]
 
 
-def digits_table(counts=(5, 6, 8, 10, 15, 20, 30, 50), seeds=64):
+def digits_table(counts=(5, 6, 8, 10, 15, 20, 30, 50), seeds=512):
     """Process -> steps -> kind -> median and RMS over starting points of the error, its RMS over comfyui's and interval."""
     table, found = {}, {}
     for process in ("ve", "flow"):
@@ -87,6 +87,7 @@ def digits_table(counts=(5, 6, 8, 10, 15, 20, 30, 50), seeds=64):
 def main(argv=None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=512, help="starting points on the digits")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -100,15 +101,15 @@ def main(argv=None) -> None:
     for name, row in result["mixture"].items():
         cells = (f"{row[process]['rms']:.1e} ({row[process]['over_comfyui']:.3f})" for process in ("ve", "flow"))
         print(f"| {name} | {' | '.join(cells)} |")
-    result["digits"] = digits_table()
+    result["digits"] = digits_table(seeds=args.count)
     for process, rows in result["digits"].items():
         schedule = "Karras" if process == "ve" else "shift 3"
-        print(f"\nDigits, {process}, {schedule}, N = 64: median error\n\n| steps | " + " | ".join(KINDS)
+        print(f"\nDigits, {process}, {schedule}, N = {args.count}: median error\n\n| steps | " + " | ".join(KINDS)
               + " | exact / comfyui |\n|" + "---|" * (2 + len(KINDS)))
         for n, row in rows.items():
             print(f"| {n} | " + " | ".join(f"{row[name]['median']:.1e}" for name in KINDS)
                   + f" | {row['exact']['median'] / row['comfyui']['median']:.2f} |")
-        print(f"\nDigits, {process}, {schedule}, N = 64: RMS error, which the few points that end in another digit make\n\n"
+        print(f"\nDigits, {process}, {schedule}, N = {args.count}: RMS error, which the few points that end in another digit make\n\n"
               "| steps | " + " | ".join(KINDS) + " | exact / comfyui (95 %) |\n|" + "---|" * (2 + len(KINDS)))
         for n, row in rows.items():
             low, high = row["exact"]["interval"]
