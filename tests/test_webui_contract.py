@@ -243,6 +243,24 @@ def test_the_process_is_read_off_the_model(host, inner, alpha):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("p, name", [
+    (SPACE(is_api=True, scheduler="Uniform"), "Uniform"), (SPACE(is_api=True, scheduler=None), "Automatic"),
+    (SPACE(scheduler="Simple", hr_scheduler="Uniform", is_hr_pass=True), "Uniform"), (SPACE(), "Automatic"),
+], ids=str)
+def test_a_schedule_above_a_flow_models_is_refused_with_a_way_out(host, p, name):
+    """Forge Neo's get_sigmas asks a model of times 0 to 1 for the sigma at 999: at a shift of 3, 3 * 999 / 1999."""
+    webui.register()
+    p.extra_generation_params = {}
+    sampler = host.create_sampler(webui.sampler_name(PRESETS["sde"]), FakeModel(p, FLOW_MODELS["Forge, linked"]))
+    with pytest.raises(standin.HTTPException if hasattr(p, "is_api") else ValueError) as error:
+        sampler.sample(p, torch.ones(1, 1, 8, 8), torch.tensor([1.49925, 1.4985, 0.0]))
+    text = getattr(error.value, "detail", str(error.value))
+    assert all(word in text for word in (f"'{name}'", "1.49925", "above 1", "Simple")) and "\n" not in text
+    assert getattr(error.value, "status_code", 422) == 422 and sampler.model.calls == 0 and not p.extra_generation_params
+    p.rng = SPACE(next=lambda: torch.zeros(1, 1, 8, 8))
+    sampler.sample(p, torch.ones(1, 1, 8, 8), torch.tensor([1.0 + 2 ** -23, 0.5, 0.0]))     # a rounding
+
+
 def test_an_interruption_of_the_host_passes_through(host):
     """The host stops a run with an exception that is no Exception; nobody but the host may catch it."""
     class Stop(BaseException):

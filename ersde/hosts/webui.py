@@ -62,6 +62,26 @@ def page_defaults() -> Dict[str, object]:
     return {setting.field: option(setting.option) for setting in SETTINGS}
 
 
+def refusal(text) -> Exception:
+    """What the host's API answers with status 422 and this sentence."""
+    from fastapi import HTTPException
+    return HTTPException(status_code=422, detail=f"ER-SDE: {text}")
+
+
+def check_schedule(p, sigmas, process: str) -> None:
+    """A flow model's schedule lies within 0 to 1.  Forge Neo's Automatic and Uniform do not for some (Anima, Z-Image, ...).
+
+    Raises:
+        HTTPException: over the API, 422; ValueError: on the page.  Either names the schedule and a way out.
+    """
+    top = float(sigmas[0]) if len(sigmas) else 0.0
+    if process == "flow" and top > 1.0 + 1e-6:      # a shift in float32 can leave 1 a rounding higher
+        name = getattr(p, "hr_scheduler" if getattr(p, "is_hr_pass", False) else "scheduler", None) or "Automatic"
+        text = (f"the schedule {name!r} of this WebUI begins at sigma {top:.6g}, and a flow model has none above 1; choose "
+                "another schedule, Simple for example")
+        raise refusal(text) if getattr(p, "is_api", False) else ValueError(text)
+
+
 def settings_of(p, sampler: Preset, presets: Mapping[str, Preset]) -> Preset:
     """The settings of a run of `p` with the sampler of the preset `sampler`.
 
@@ -78,8 +98,7 @@ def settings_of(p, sampler: Preset, presets: Mapping[str, Preset]) -> Preset:
         return settings.apply(sampler, places, presets)
     except (TypeError, ValueError) as error:
         if getattr(p, "is_api", False):
-            from fastapi import HTTPException
-            raise HTTPException(status_code=422, detail=f"ER-SDE: {error}") from None
+            raise refusal(error) from None
         text = f"{error}; made with the sampler's preset {sampler.label!r}"
         if getattr(p, "ersde_said", None) != text:      # once for a picture, not for each of its passes
             p.ersde_said = text
@@ -97,6 +116,7 @@ def sampler_function(preset: Preset) -> Callable:
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
         p, process, used = getattr(model, "p", None), read_process(model), preset
         if p is not None:
+            check_schedule(p, sigmas, process)
             presets, _ = all_presets()
             used = settings_of(p, preset, presets)
             # Before the run, so that a picture that was interrupted has it too; the hires pass adds what it knows.

@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,31 @@ def comfy(installed):
         yield comfy
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """The WebUI with the pack, and with a script that tells what the network was asked."""
-    data = tmp_path_factory.mktemp("webui") / "with"
+@contextmanager
+def watched(data):
+    """A WebUI on `data` with the pack, and with a script that tells what the network was asked."""
     put_in(data)
     probe = data / "extensions" / "ersde_probe" / "scripts"
     probe.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("webui_probe.py"), probe)
     with running(data) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    with watched(tmp_path_factory.mktemp("webui") / "with") as server:
+        yield server
+
+
+@pytest.fixture
+def server_of(tmp_path, monkeypatch):
+    """A WebUI of one test's own whose person has these presets, as JSON."""
+    @contextmanager
+    def start(presets):
+        (tmp_path / "presets.json").write_text(presets)
+        monkeypatch.setenv("ERSDE_PRESETS", str(tmp_path / "presets.json"))
+        with watched(tmp_path / "webui") as server:
+            yield server
+
+    return start

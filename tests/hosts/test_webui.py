@@ -387,6 +387,19 @@ def test_comfyui_compatible_is_comfyuis_latent_for_the_same_noise(server):
     assert run.difference(by_comfyui(8, "ve")).max() > 1e-2
 
 
+def test_a_presets_schedule_is_what_automatic_means(server_of):
+    """The sigmas and the picture of that schedule chosen by name, until another one is chosen."""
+    with server_of('{"mine": {"scheduler": "karras"}, "plain": {}}') as server:
+        mine, plain = PREFIX + "mine", PREFIX + "plain"
+        automatic, named, own = Run(server, mine), Run(server, plain, scheduler="Karras"), Run(server, plain)
+        assert torch.equal(automatic.sigmas, named.sigmas) and torch.equal(automatic.states, named.states)
+        assert ((automatic.sigmas - own.sigmas).abs() > 0.01 * own.sigmas).any()
+        assert same(server.make_as(mine)[0][0], server.make_as(plain, scheduler="Karras")[0][0])
+        assert "Schedule type: Karras" in automatic.infotext
+        other, same_other = (Run(server, name, scheduler="Exponential") for name in (mine, plain))
+        assert torch.equal(other.sigmas, same_other.sigmas) and not torch.equal(other.sigmas, automatic.sigmas)
+
+
 @pytest.mark.skipif(not os.environ.get("WEBUI_FLOW"), reason="WEBUI_FLOW is not set: no flow model to test with")
 def test_a_flow_model(server):
     """Each step is the flow process's own, and the infotext says that it is."""
