@@ -6,13 +6,18 @@ The model and the noise return tensors made beforehand, so every operation count
 the outermost aten calls that the torch profiler sees in a whole run, over its steps; a read-back is a call that brings a
 number from the device to Python (item, a branch on a tensor).  Times are medians over the repeats, which take the samplers
 in turns, with the 95 % interval of the median by bootstrap; the ratios are what to read on a machine with other work.
+
+With a ComfyUI's folder in COMFYUI_PATH its own `sample_er_sde` is a row too; that wants the Python that runs it.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
+from types import SimpleNamespace
 from typing import Callable, Dict
 
 import numpy as np
@@ -30,6 +35,8 @@ class Canned:
     def __init__(self, x: torch.Tensor, steps: int):
         self.out = [torch.randn_like(x) for _ in range(2 * steps + 2)]
         self.noise = [torch.randn_like(x) for _ in range(2 * steps + 2)]
+        # What ComfyUI's samplers ask a model for; a model_sampling that is none of its classes is ve.
+        self.inner_model = SimpleNamespace(model_patcher=SimpleNamespace(get_model_object=lambda name: None))
         self.reset()
 
     def reset(self) -> None:
@@ -47,6 +54,20 @@ class Canned:
         return self.noise[self.drawn - 1]
 
 
+def _comfyui(folder: str) -> Callable:
+    """The host's own function, from its folder."""
+    arguments, path = sys.argv, list(sys.path)
+    sys.path.insert(0, folder)
+    sys.argv = [*arguments[:1], "--cpu"]        # it reads its command line when imported
+    try:
+        import comfy.options
+        comfy.options.enable_args_parsing()
+        from comfy.k_diffusion.sampling import sample_er_sde
+    finally:
+        sys.argv, sys.path[:] = arguments, path
+    return lambda model, x, sigmas, noise: sample_er_sde(model, x, sigmas, disable=True, noise_sampler=noise)
+
+
 def samplers() -> Dict[str, Callable]:
     """Name -> function(model, x, sigmas, noise_sampler): ours by method, and the peers that are installed."""
     def ours(**kw):
@@ -55,6 +76,8 @@ def samplers() -> Dict[str, Callable]:
 
     found = {"ersde exact": ours(), "ersde exact, ODE": ours(eta=0.0), "ersde exact, no corrector": ours(corrector=False),
              "ersde exact, order 5": ours(order=5), "ersde comfyui": ours(method="comfyui")}
+    if os.environ.get("COMFYUI_PATH"):
+        found["ComfyUI er_sde"] = _comfyui(os.environ["COMFYUI_PATH"])
     try:
         from k_diffusion import sampling
     except ImportError:
