@@ -109,8 +109,8 @@ def main(argv=None) -> None:
         for n, row in rows.items():
             print(f"| {n} | " + " | ".join(f"{row[name]['median']:.1e}" for name in KINDS)
                   + f" | {row['exact']['median'] / row['comfyui']['median']:.2f} |")
-        print(f"\nDigits, {process}, {schedule}, N = {args.count}: RMS error, which the few points that end in another digit "
-              "make\n\n| steps | " + " | ".join(KINDS) + " | exact / comfyui (95 %) |\n|" + "---|" * (2 + len(KINDS)))
+        print(f"\nDigits, {process}, {schedule}, N = {args.count}: RMS error, which the few points that end in another "
+              "digit make\n\n| steps | " + " | ".join(KINDS) + " | exact / comfyui (95 %) |\n|" + "---|" * (2 + len(KINDS)))
         for n, row in rows.items():
             low, high = row["exact"]["interval"]
             print(f"| {n} | " + " | ".join(f"{row[name]['rms']:.1e}" for name in KINDS)
