@@ -11,11 +11,12 @@ from typing import Callable, List, Optional, Sequence, Tuple
 import torch
 
 from .errors import check_tensor_like
-from .weights import MAX_ORDER, Amend, Plan, Settle, Step
+from .weights import MAX_ORDER, Amend, Curve, Limit, Plan, Settle, Step
 
 Tensor = torch.Tensor
 _HALF = (torch.float16, torch.bfloat16)
 _TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
+_SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
 @dataclass
@@ -103,7 +104,11 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             score = _score(_like(seen, x), denoised, *step.score)
         newest, bent, score = denoised, (), score if step.score is not None else None
         del seen                # or the old state would outlive the new one
-        if step.bend:
+        reached = None
+        if step.reach is not None:
+            reached, size = _reached(step, denoised, changes, inverse)
+            sums.append(size)
+        elif step.bend:
             trust, size = _trust(denoised, changes, step, one)
             sums.append(size)
         else:
@@ -121,8 +126,11 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         if step.noise != 0.0:
             x.add_(check_tensor_like(f"what noise_sampler returns (step {i})", noise(i), x), alpha=step.noise)
         base = None
-        if step.line or step.reach is not None:
-            bent = _reached(step, trust, inverse)
+        if reached is not None:
+            bent = [reached]
+            x.addcmul_(_like(changes[0], x), _like(reached, x))
+        elif step.long and step.bend:
+            bent = [trust * weight for weight in step.bend]
             for change, weight in zip(changes, bent):
                 x.addcmul_(_like(change, x), _like(weight, x))
         elif step.bend:
@@ -174,35 +182,53 @@ def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: L
         along = torch.mul(score if before is None else score - before, change)
         if x.ndim > 1:
             along = along.sum(dim=tuple(range(1, x.ndim)), keepdim=True)
-        inverse = along.div_(_norm(change).square_().clamp_(min=_TINY)).clamp_(min=0.0)
+        inverse = along.div_(_norm(change).square_().clamp_(min=_TINY)).clamp_(0.0, _SURE)
     else:
         inverse = known
     sure = inverse > 0
-    k = torch.where(sure, inverse, 1.0 / amend.usual).mul_(amend.turn).add_(1.0)
-    found = change * k.reciprocal_().mul_(amend.far - amend.near).add_(amend.near)
+    found = change * _curve(amend.curve, torch.where(sure, inverse, 1.0 / amend.usual))
     for weight, old in zip(bent, changes[1:]):
         found.addcmul_(_like(old, x), _like(weight, x), value=-1.0)
     slope = sure / (inverse * amend.level).add_(1.0)
+    score.addcmul_(found, 1.0 - slope, value=factor)
+    if amend.limit is not None and amend.measure:
+        slope = torch.minimum(slope, _mean_slope(amend.limit, amend.level, score, before))
     changes[0] = torch.addcmul(change, found, slope, value=1.0 / amend.alpha)
     denoised = torch.addcmul(_like(denoised, x), found, slope, value=1.0 / amend.alpha)
-    score.addcmul_(found, slope.neg_().add_(1.0), value=factor)
     return x + found, denoised, score, inverse
 
 
-def _reached(step: Step, trust: Optional[Tensor], inverse: Optional[Tensor]) -> List[Tensor]:
-    """The weights of a long step's bend on R_0, R_1, ..., one number per picture each."""
-    if step.reach is None:
-        return [trust * weight for weight in step.bend]
-    # most turn / (turn + v) = most - most / (1 + turn / v)
-    by_law = (inverse * step.reach.turn).add_(1.0).reciprocal_().mul_(-step.reach.most).add_(step.reach.most)
-    if trust is None:
-        return [by_law]
-    by_line = trust * step.line
-    if len(step.bend) == 1:
-        return [torch.maximum(by_law, by_line)]
-    rest = trust * (by_line >= by_law)
-    first = torch.maximum(by_law, by_line).add_(rest, alpha=step.bend[0] - step.line)
-    return [first, *(rest * weight for weight in step.bend[1:])]
+def _mean_slope(limit: Limit, level: float, score: Tensor, before: Optional[Tensor]) -> Tensor:
+    """v / (v + level) of the mean over all directions, see `Limit`."""
+    now, noise = _norm(score).square_(), (score[0].numel() if score.ndim > 1 else 1) * limit.fresh
+    if before is None:
+        room, gain = (now * -level).add_(noise), now
+    else:
+        past = _norm(before).square_().mul_(limit.held)
+        room, gain = (past * limit.level).sub_(now, alpha=level).add_(noise), now - past
+    # v = room / gain; both are not negative at once.
+    room = room.clamp_(min=0.0)
+    return room / (room + gain.clamp_(min=0.0).mul_(level)).clamp_(min=_TINY)
+
+
+def _curve(curve: Curve, inverse: Tensor) -> Tensor:
+    """f(v) of each picture, see `Curve`."""
+    q = (inverse * curve.end).add_(curve.start).div_((inverse * curve.scale).add_(1.0)).sqrt_()
+    return (q * curve.top[1]).add_(curve.top[0]).div_((q * curve.bottom[1]).add_(curve.bottom[0]))
+
+
+def _reached(step: Step, denoised: Tensor, changes: Sequence[Tensor], inverse: Tensor) -> Tuple[Tensor, Tensor]:
+    """The weight on R_0 of a long step's bend, one number per picture (see `ersde.weights`), and |D_0|."""
+    size, by_law = _norm(denoised), _curve(step.reach, inverse)
+    if not step.bend:
+        return by_law * (inverse > 0), size
+    change = _norm(changes[0])
+    wide = (change / size).square_().mul_(step.common).add_(1.0)        # infinite for D = 0
+    by_line = wide.reciprocal().mul_(step.bend[0])
+    if step.ratio == 0.0:
+        return torch.maximum(by_law * (inverse > 0), by_line), size
+    fall = (_norm(changes[1]) / change.clamp_(min=_TINY)).mul_(step.ratio).pow_(4).add_(1.0)
+    return torch.where(inverse > 0, torch.maximum(by_law, by_line), by_line / fall), size
 
 
 def _trust(denoised: Tensor, changes: Sequence[Tensor], step: Step, one: Tensor) -> Tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from ersde.noise_scale import get_noise_scale
 from ersde.process import check_sigmas, get_process
 from ersde.solver import _amended as amended
 from ersde.solver import _trust, run
-from ersde.weights import Amend, Step, make_plan
+from ersde.weights import Amend, Curve, Limit, Step, make_plan
 
 ONE = torch.ones(())
 
@@ -143,7 +143,8 @@ def test_the_last_correction_takes_an_error_away(process, std, steps):
     assert (last.settle is None) == (last.amend is not None) == (process == "flow" or steps == 10)
     without = dataclasses.replace(made, steps=(*made.steps[:-1], dataclasses.replace(last, settle=None, amend=None)))
     errors = [rms(run(p, model, x, sigmas, None, {}, None, True), exact) for p in (made, without)]
-    assert errors[0] < (0.8 if process == "ve" else 0.5) * errors[1]
+    # Long steps alone may be nearly exact for such data: then little is left to take away.
+    assert errors[0] < max((0.8 if process == "ve" else 0.5) * errors[1], 1e-4 * std)
 
 
 @pytest.mark.parametrize("steps", [4, 10, 60])
@@ -216,6 +217,12 @@ def test_memory(order, steps):
 LONG = [("ve", [14.6, 5.0, 2.2, 0.9, 0.3, 0.1, 0.0]), ("flow", [1.0, 0.94, 0.83, 0.65, 0.4, 0.15, 0.0])]
 
 
+def at(curve, v):
+    """f(v), see `Curve`."""
+    q = np.sqrt((curve.start * v + curve.end) / (v + curve.scale))
+    return (curve.top[0] + curve.top[1] * q) / (curve.bottom[0] + curve.bottom[1] * q)
+
+
 def measured(model, x, sigmas, **kw):
     """The run's 1 / v at each evaluation that corrects a long step."""
     found = []
@@ -251,20 +258,20 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
     x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for inverse in measured(model, x, torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=torch.float64)):
         assert (inverse == 0).all()
-    amend = Amend(alpha=1.0, level=0.25, near=0.2, far=0.6, turn=0.7, usual=0.5)
+    curve = Curve((0.2, 0.6), (0.7, 1.1), 1.0, 0.25, 1.0)
+    amend = Amend(alpha=1.0, level=0.25, curve=curve, usual=0.5)
     change = torch.randn(2, 16, dtype=torch.float64)
     changes = [change.clone()]
     out, denoised, _, inverse = amended(amend, x, x, -0.2 * x, changes, 100.0 * change, (), None)
     assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
-    torch.testing.assert_close(out - x, change * (0.2 * 0.7 + 0.6 * 0.5) / (0.7 + 0.5))
+    torch.testing.assert_close(out - x, change * at(curve, 0.5))
 
 
 @pytest.mark.parametrize("process, sigmas", LONG)
 @pytest.mark.parametrize("scale", ["ode", "sde_5", "sde_4", "sde"])
 @pytest.mark.parametrize("std", [0.02, 0.3, 2.0, 30.0])
 def test_the_correction_keeps_the_variance(process, sigmas, scale, std):
-    """(v + l_t^2) (1 - k J_t)^2 = (v + l_s^2) (b + (1 - b - k) J_s)^2 + l_t^2 (1 - rho^2), J = v / (v + l^2), to 5 % of its
-    root, and to 9 % from lambda = infinity."""
+    """(v + l_t^2) (1 - k J_t)^2 = (v + l_s^2) (b + (1 - b - k) J_s)^2 + l_t^2 (1 - rho^2), J = v / (v + l^2), exactly."""
     made, v = plan(sigmas, process, scale, 1.0), std ** 2
     lam = get_process(process).lam(np.array(sigmas))
     g = get_noise_scale(scale).log_g(torch.tensor(lam)).numpy()
@@ -272,56 +279,114 @@ def test_the_correction_keeps_the_variance(process, sigmas, scale, std):
         (l_s, l_t), amend = lam[i - 1:i + 1] ** 2, step.amend
         with np.errstate(invalid="ignore"):
             rho = np.exp(g[i] - g[i - 1]) if scale != "ode" else 1.0
-        k = (amend.near * amend.turn + amend.far * v) / (amend.turn + v) / amend.alpha
+        k = at(amend.curve, v) / amend.alpha
         b = rho * np.sqrt(l_t / l_s)
         j_t, held = v / (v + l_t), (b + (1 - b - k) * v / (v + l_s)) ** 2 * (v + l_s) if np.isfinite(l_s) else rho ** 2 * l_t
         want = np.sqrt(held + l_t * (1 - rho ** 2)) / np.sqrt(v + l_t)
-        if np.isfinite(l_s):            # b alone says what the state keeps
-            assert abs((1 - k * j_t) / want - 1) < 0.05
-        else:
-            assert abs((1 - k * j_t) - want) < 0.09
+        assert 1 - k * j_t == pytest.approx(want, rel=1e-6)
 
 
-def exact_bend(l_t, l_s, l_1, v, scale):
-    """The bend over R of D = mean + A (v + lambda^2)^-1/2 under phi, by quadrature."""
-    phi = lambda lam: get_noise_scale(scale).phi(torch.tensor([lam], dtype=torch.float64)).item()
+@pytest.mark.parametrize("process", ["ve", "flow"])
+@pytest.mark.parametrize("scale, s_noise", [("ode", 1.0), ("sde_5", 1.0), ("sde", 1.0), ("sde", 1.2)])
+@pytest.mark.parametrize("std", [0.1, 0.5, 2.0])
+def test_the_length_of_the_noise_tells_the_mean_variance(process, scale, s_noise, std):
+    """v / (v + lambda^2) from |e| at both ends of a step, for states and noise of full length."""
+    sigmas = dict(LONG)[process]
+    lam, n = get_process(process).lam(np.array(sigmas)), 20000
+    last = plan(sigmas, process, scale, 1.0, s_noise=s_noise).steps[-1].amend
+    assert [step.amend.limit for step in plan(sigmas, process, scale, 1.0).steps[1:-1]] == [None] * (len(sigmas) - 3)
+    v, (l_s, l_t) = std ** 2, lam[-3:-1] ** 2
+    g = get_noise_scale(scale).log_g(torch.tensor(lam[-3:-1])).numpy()
+    held = np.exp(2.0 * (g[1] - g[0])) if scale != "ode" else 1.0
+    assert last.limit == Limit(l_s, pytest.approx(held), pytest.approx((1.0 - held) * s_noise ** 2))
+    before = torch.ones(2, n, dtype=torch.float64) / np.sqrt(v + l_s)
+    if s_noise == 1.0:
+        slope = solver._mean_slope(last.limit, l_t, before * np.sqrt((v + l_s) / (v + l_t)), before)
+        torch.testing.assert_close(slope, torch.full((2, 1), v / (v + l_t), dtype=torch.float64), rtol=1e-9, atol=0.0)
+    far = solver._mean_slope(Limit(0.0, 0.0, 1.0), l_t, torch.ones(1, n, dtype=torch.float64) / np.sqrt(v + l_t), None)
+    torch.testing.assert_close(far, torch.full((1, 1), v / (v + l_t), dtype=torch.float64), rtol=1e-9, atol=0.0)
+    longer = solver._mean_slope(last.limit, l_t, 100.0 * before, before)
+    assert (longer == 0).all()          # more noise than there was: no data in it
+
+
+def exact_bend(l_t, l_s, l_1, v):
+    """The bend over R of D = mean + A (v + lambda^2)^-1/2 along the probability flow, by quadrature."""
     law = lambda lam: (v + lam * lam) ** -0.5 if np.isfinite(lam) else 0.0
     rise = lambda lam: -lam * (v + lam * lam) ** -1.5
-    value = quad(lambda u: rise(np.exp(u)) * np.exp(u) * (phi(l_t) / phi(np.exp(u)) - 1), np.log(l_t), np.log(l_s))[0]
+    value = quad(lambda u: rise(np.exp(u)) * np.exp(u) * (l_t / np.exp(u) - 1), np.log(l_t), np.log(l_s))[0]
     return value / (law(l_s) - law(l_1))
 
 
 @pytest.mark.parametrize("process, sigmas", LONG)
-@pytest.mark.parametrize("scale", ["ode", "sde_5"])
-def test_reach_is_the_bend_of_gaussian_data(process, sigmas, scale):
-    """Exact for v -> 0 and v = lambda_s^2, between them within 30 %."""
-    made = plan(sigmas, process, scale, 1.0)
+def test_the_bend_is_that_of_gaussian_data(process, sigmas):
+    """Of the ODE, by quadrature: exact for v = 0.05, 0.5 and 10 lambda_s^2, elsewhere within 1 % of the largest."""
+    made = plan(sigmas, process)
     lam = get_process(process).lam(np.array(sigmas))
     alpha = get_process(process).alpha(np.array(sigmas))
     for i, step in enumerate(made.steps[1:-1], 1):
         l_1, l_s, l_t = lam[i - 1:i + 2]
-        for ratio, within in ((1e-8, 1e-3), (1.0, 1e-6), (0.3, 0.3)):
+        most = exact_bend(l_t, l_s, l_1, 1e-8 * l_s ** 2)
+        for ratio, within in ((1e-8, 1e-2), (0.05, 1e-6), (0.2, 1e-2), (0.5, 1e-6), (2.0, 1e-2), (10.0, 1e-6), (1e6, 1e-2)):
             v = ratio * l_s ** 2
-            found = step.reach.most * step.reach.turn / (step.reach.turn + v) / alpha[i + 1]
-            exact = exact_bend(l_t, l_s, l_1, v, scale)
-            if scale == "ode":
-                assert found == pytest.approx(exact, rel=within)
-            else:                       # not all of the last change goes on
-                assert 0 <= found <= (1 + within) * exact
+            assert at(step.reach, v) / alpha[i + 1] == pytest.approx(exact_bend(l_t, l_s, l_1, v), rel=0.0, abs=within * most)
 
 
-def test_a_martingale_is_held_constant():
-    """The reverse-time SDE's D has no drift: nothing of its last change goes on, and of the ODE's all does."""
-    sigmas = LONG[0][1]
-    assert all(step.reach.most == 0 for step in plan(sigmas, scale="sde", eta=1.0).steps[2:-1])
-    ode, some = plan(sigmas).steps[2:-1], plan(sigmas, scale="sde_2", eta=1.0).steps[2:-1]
-    assert all(0 < b.reach.most < 0.5 * a.reach.most for a, b in zip(ode, some))
+@pytest.mark.parametrize("process, sigmas", LONG)
+@pytest.mark.parametrize("scale", ["ode", "sde_5", "sde_4", "sde"])
+def test_the_bend_gives_the_predicted_state_its_variance(process, sigmas, scale):
+    """With y_1 of variance v + l_1^2, y_s corrected, and fresh noise in both steps: a model is asked about states like those
+    it knows.  To 4 % at most, at the points the curve goes through exactly.
+    """
+    made = plan(sigmas, process, scale, 1.0)
+    lam = get_process(process).lam(np.array(sigmas))
+    alpha = get_process(process).alpha(np.array(sigmas))
+    g = get_noise_scale(scale).log_g(torch.tensor(lam)).numpy()
+    for i, step in enumerate(made.steps[1:-1], 1):
+        l_1, l_s, l_t = lam[i - 1:i + 2]
+        with np.errstate(invalid="ignore"):
+            rho_s, rho_t = np.exp(np.diff(g[i - 1:i + 2])) if scale != "ode" else (1.0, 1.0)
+        for ratio, within in ((0.05, 1e-6), (0.5, 1e-6), (10.0, 1e-6), (0.01, 0.04), (0.2, 0.04), (2.0, 0.04), (100.0, 0.04)):
+            v = ratio * l_s ** 2
+            j_s = v / (v + l_s ** 2)
+            # On y_1, the noise of the first and of the second step, all of variance 1; less the mean.
+            if np.isfinite(l_1):
+                b, j_1, k = rho_s * l_s / l_1, v / (v + l_1 ** 2), at(step.amend.curve, v) / alpha[i]
+                y_1 = np.array([np.sqrt(v + l_1 ** 2), 0.0, 0.0])
+                new = np.array([0.0, l_s * np.sqrt(1.0 - rho_s ** 2), 0.0])
+                y_s, d_1 = ((b + (1.0 - b - k) * j_1) * y_1 + new) / (1.0 - k * j_s), j_1 * y_1
+            else:
+                y_s, d_1 = np.array([np.sqrt(v + l_s ** 2), 0.0, 0.0]), np.zeros(3)
+            b, d_s = rho_t * l_t / l_s, j_s * y_s
+            y_t = b * y_s + (1.0 - b) * d_s + at(step.reach, v) / alpha[i + 1] * (d_s - d_1)
+            y_t = y_t + np.array([0.0, 0.0, l_t * np.sqrt(1.0 - rho_t ** 2)])
+            assert y_t @ y_t == pytest.approx(v + l_t ** 2, rel=within)
+
+
+def test_without_a_variance_the_bend_is_the_lines_and_fades_as_the_change_falls():
+    """c_1 / (1 + s^2), over 1 + (ratio |P| / |R|)^4; with a variance the larger of that and the law's."""
+    step = dataclasses.replace(Step(1.0, 0.0, (), 0.0), bend=(0.4,), ratio=0.5, common=0.5, long=True,
+                               reach=Curve((0.3, -0.3), (1.0, 0.0), 1.0, 0.04, 1.0))
+    denoised = torch.tensor([[2.0, 0.0]] * 4, dtype=torch.float64)
+    newest = torch.tensor([[0.0, 1.0]] * 4, dtype=torch.float64)
+    before = torch.tensor([[0.1, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
+    inverse = torch.tensor([[0.0], [0.0], [0.0], [1e9]], dtype=torch.float64)
+    weight, size = solver._reached(step, denoised, [newest, before], inverse)
+    line = 0.4 / (1.0 + 0.5 * 0.25)
+    assert size.flatten().tolist() == [2.0] * 4
+    assert weight.flatten().tolist() == pytest.approx([line / (1.0 + 0.05 ** 4), line / 2.0, line / 10001.0, line])
+    step = dataclasses.replace(step, bend=(0.1,))
+    assert solver._reached(step, denoised, [newest, before], inverse)[0][3].item() == pytest.approx(0.3 * 0.8, rel=1e-6)
+    alone = dataclasses.replace(step, bend=(), ratio=0.0)       # after lambda = infinity there is no line
+    found = solver._reached(alone, denoised, [newest], inverse)[0].flatten().tolist()
+    assert found[:3] == [0.0] * 3 and found[3] == pytest.approx(0.24, rel=1e-6)
 
 
 @pytest.mark.parametrize("process", ["ve", "flow"])
 @pytest.mark.parametrize("std", [0.1, 0.5, 2.0])
 def test_the_evaluation_follows_the_correction(process, std):
-    """D + J E is D at the corrected state, exactly for Gaussian data."""
+    """D + J E is D at the corrected state, exactly for Gaussian data; at the last one, where the step before must be exact
+    too, to 1 % of the correction.
+    """
     model = gaussian(std, 0.3, dim=16, process=process)
     sigmas = torch.tensor(dict(LONG)[process], dtype=torch.float64)
     x = model.start(3, sigmas[0].item(), torch.Generator().manual_seed(0))
@@ -329,14 +394,17 @@ def test_the_evaluation_follows_the_correction(process, std):
 
     def spy(amend, *args):
         out = amended(amend, *args)
-        seen.append((out[0], out[1]))
+        seen.append((out[0], out[1], args[2]))
         return out
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solver, "_amended", spy)
         sample(model, x, sigmas)
-    for (state, denoised), sigma in zip(seen, sigmas[1:]):
+    for (state, denoised, _), sigma in zip(seen[:-1], sigmas[1:]):
         torch.testing.assert_close(denoised, model(state, sigma.expand(3)), rtol=1e-7, atol=1e-9)
+    state, denoised, before = seen[-1]
+    exact = model(state, sigmas[-2].expand(3))
+    assert (denoised - exact).norm() <= 0.01 * (exact - before).norm()
 
 
 @pytest.mark.parametrize("process", ["ve", "flow"])
