@@ -5,6 +5,7 @@ step's extrapolation is a tensor of one number per picture.  The one look at the
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable, List, Optional, Sequence, Tuple
 
@@ -200,7 +201,7 @@ def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: L
 
 def _mean_slope(limit: Limit, level: float, score: Tensor, before: Optional[Tensor]) -> Tensor:
     """v / (v + level) of the mean over all directions, see `Limit`."""
-    now, noise = _norm(score).square_(), (score[0].numel() if score.ndim > 1 else 1) * limit.fresh
+    now, noise = _norm(score).square_(), math.prod(score.shape[1:]) * limit.fresh
     if before is None:
         room, gain = (now * -level).add_(noise), now
     else:
@@ -222,12 +223,12 @@ def _reached(step: Step, denoised: Tensor, changes: Sequence[Tensor], inverse: T
     size, by_law = _norm(denoised), _curve(step.reach, inverse)
     if not step.bend:
         return by_law * (inverse > 0), size
-    change = _norm(changes[0])
+    change = _norm(changes[0]).clamp_(min=_TINY)
     wide = (change / size).square_().mul_(step.common).add_(1.0)        # infinite for D = 0
     by_line = wide.reciprocal().mul_(step.bend[0])
     if step.ratio == 0.0:
         return torch.maximum(by_law * (inverse > 0), by_line), size
-    fall = (_norm(changes[1]) / change.clamp_(min=_TINY)).mul_(step.ratio).pow_(4).add_(1.0)
+    fall = (_norm(changes[1]) / change).mul_(step.ratio).pow_(4).add_(1.0)
     return torch.where(inverse > 0, torch.maximum(by_law, by_line), by_line / fall), size
 
 

@@ -444,6 +444,8 @@ _HELD, _FULL_NOISY = 0.8, 0.2
 _LONGEST = 30.0
 # Below this lambda pictures of unit size are done.
 _FINEST = 0.02
+# A larger s_noise is noise alone, and its square may be too large for a float.
+_LOUD = 1e6
 # Times the root of the rounding: the lambda where y - D, of size lambda^2, is lost in it.
 _LOST = 3.0
 # A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is at
@@ -705,7 +707,7 @@ def _sum(a: Mapping[int, float], b: Mapping[int, float]) -> Dict[int, float]:
 
 
 class _Law:
-    """The long steps' `Amend` and `Reach`, from the law that Gaussian data follow."""
+    """The long steps' `Amend` and bend, from the law that Gaussian data follow."""
 
     def __init__(self, integrals: StepIntegrals, now: Sequence[int], lost: float):
         lam_s, lam_t, far = integrals.lam_s, integrals.lam_t, np.isinf(integrals.lam_s)
@@ -744,7 +746,7 @@ class _Law:
             curve = _curve((t / s, math.sqrt(t / s), 1.0), (near, middle, far), 1.0, t * t, s * s)
         limit = None
         if s_noise is not None:
-            limit = Limit(0.0, 0.0, 1.0) if math.isinf(s) else Limit(s * s, held, (1.0 - held) * s_noise ** 2)
+            limit = Limit(0.0, 0.0, 1.0) if math.isinf(s) else Limit(s * s, held, (1.0 - held) * min(s_noise, _LOUD) ** 2)
         return Amend(alpha, t * t, curve, float(self.usual[r]), bool(self.measure[r]), limit)
 
     def reach(self, r: int, alpha: float) -> Curve:
