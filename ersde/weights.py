@@ -541,7 +541,8 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         orders.append(max(used, 2) if reach else used)
         # The evaluation that corrects a step is the next step's.
         correction = rule.correct(row[i]) if i in row and i + 1 < n else None
-    keep = max(max(len(s.changes), len(s.bend), len(s.settle.changes) if s.settle else 0, (2 if s.ratio else 1) if s.reach else 0,
+    keep = max(max(len(s.changes), len(s.bend), len(s.settle.changes) if s.settle else 0,
+                   (2 if s.ratio else 1) if s.reach else 0,
                    1 + max(len(before.bend), 1 if before.reach else 0) if s.amend else 0)
                for before, s in zip((None, *steps), steps))
     return Plan(sigmas, tuple(steps), tuple(orders), keep)
