@@ -187,13 +187,15 @@ def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: L
     else:
         inverse = known
     sure = inverse > 0
-    found = change * _curve(amend.curve, torch.where(sure, inverse, 1.0 / amend.usual))
-    for weight, old in zip(bent, changes[1:]):
-        found.addcmul_(_like(old, x), _like(weight, x), value=-1.0)
+    weight = _curve(amend.curve, torch.where(sure, inverse, 1.0 / amend.usual))
+    found = change * weight
+    for part, old in zip(bent, changes[1:]):
+        found.addcmul_(_like(old, x), _like(part, x), value=-1.0)
     slope = sure / (inverse * amend.level).add_(1.0)
     score.addcmul_(found, 1.0 - slope, value=factor)
     if amend.limit is not None and amend.measure:
         slope = torch.minimum(slope, _mean_slope(amend.limit, amend.level, score, before))
+        found.div_((1.0 - weight * slope.pow(3) / amend.alpha).clamp_(min=0.5))
     changes[0] = torch.addcmul(change, found, slope, value=1.0 / amend.alpha)
     denoised = torch.addcmul(_like(denoised, x), found, slope, value=1.0 / amend.alpha)
     return x + found, denoised, score, inverse

@@ -88,7 +88,8 @@ the moment at which a picture decides for one of two things) there is no v, and 
 
       v = (rho^2 lambda_s^2 |e_1|^2 + n (1 - rho^2) s_noise^2 - lambda_t^2 |e_0|^2) / (|e_0|^2 - rho^2 |e_1|^2).
 
-  On mixtures with a known J the smaller of the two is J along E without bias; the first alone is too large by half.
+  On mixtures with a known J the smaller of the two is J along E without bias; the first alone is too large by half.  And
+  E moves D, and thereby k R: E (1 + k J + ...) = E / (1 - k J).  This enters as k J^3, where J is near 1 and sure, up to 2.
 
 From lambda = infinity (sigma = 1 of a flow model) D is the mean of the data, and all of it holds with e_1 = 0.
 
