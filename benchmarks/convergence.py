@@ -1,10 +1,14 @@
 """How fast the deterministic error falls: "exact", "paper" and "comfyui" against an exact probability flow.
 
     python -m benchmarks.convergence [--count 512] [--json FILE]
+    python -m benchmarks.convergence --peers 20
 
 Three tables.  Observed order: least squares of log error over log steps on Gaussian data (the flow is known in closed form),
 equal steps of log lambda from 10 to 0.1, from an ordinary start and with the first evaluations exact.  64 steps on a mixture
 with well separated parts.  Digits: 1797 handwritten digits as a mixture, by steps, median and RMS over starting points.
+
+With --peers another table alone: what makes the RMS error on the digits (Karras) with so many steps, for every noise-free
+sampler that calls the model once a step: with and without the `WORST` starting points at which it is worst.
 """
 from __future__ import annotations
 
@@ -57,6 +61,46 @@ def mixture_table():
     return table
 
 
+WORST = 5
+
+
+def peers_table(steps, seeds=512):
+    """Sampler -> its errors on the digits under Karras' schedule, one per starting point, best RMS first."""
+    from . import quality
+
+    model, sigmas = digits("ve"), karras(steps)
+    x = model.start(seeds, sigmas[0].item(), torch.Generator().manual_seed(1))
+    exact = flow_exact(model, x, sigmas, steps=250)
+    kinds = {f"exact, order {k}": {"order": k} for k in (2, 3, 4, 5)}
+    kinds.update({name: KINDS[name] for name in ("paper", "comfyui")})
+    found = {name: run(model, x, sigmas, **kw) for name, kw in kinds.items()}
+    for method in quality.methods():
+        one_call = method.name.split()[-1] not in ("heun", "dpm_2")
+        if method.family in ("k-diffusion", "azula") and not method.noisy and one_call:
+            found[method.name] = method.run(model, x, sigmas, None, None)
+    errors = {name: ((out - exact) ** 2).mean(1).sqrt().numpy() for name, out in found.items()}
+    return dict(sorted(errors.items(), key=lambda item: (item[1] ** 2).mean()))
+
+
+def print_peers(steps, seeds):
+    """The table of `--peers`."""
+    errors = peers_table(steps, seeds)
+
+    def root(e):
+        return float(np.sqrt((e ** 2).mean()))
+
+    def rest(e):
+        return root(np.sort(e)[:-WORST])
+
+    base = errors["comfyui"]
+    print(f"Digits, ve, Karras, {steps} steps, N = {seeds}, over comfyui's\n\n| sampler | RMS | RMS without the {WORST} "
+          f"worst points of each | their share in the sum of squares | median | points off by more than 0.1 |\n|" + "---|" * 6)
+    for name, e in errors.items():
+        share = float((np.sort(e)[-WORST:] ** 2).sum() / (e ** 2).sum())
+        print(f"| {name} | {root(e) / root(base):.2f} | {rest(e) / rest(base):.2f} | {share:.0%} | "
+              f"{np.median(e) / np.median(base):.2f} | {int((e > 0.1).sum())} |")
+
+
 def interval(errors, base, resamples=1000):
     """95 % interval of the ratio of two RMS errors by bootstrap over the starting points, the same in both."""
     rows = np.random.default_rng(0).integers(len(errors), size=(resamples, len(errors)))
@@ -89,8 +133,12 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=512, help="starting points on the digits")
     parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--peers", type=int, metavar="STEPS", help="all noise-free samplers on the digits, and nothing else")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.peers:
+        print_peers(args.peers, args.count)
+        return
     result = {"torch": torch.__version__}
     print("Observed order on Gaussian data, 32 to 512 steps, ordinary start\n\n| method | ve | flow |\n|---|---|---|")
     result["order"] = order_table()

@@ -131,7 +131,8 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         ours = noise_sampler.of_member(process, scale, eta)
         noise = lambda i: ours(values[i], values[i + 1])        # numbers: the schedule may be on a device
     else:
-        noise = lambda i: noise_sampler(sigmas[i], sigmas[i + 1])
+        ends = sigmas.unbind()
+        noise = lambda i: noise_sampler(ends[i], ends[i + 1])
     shift = None
     if guidance is not None:
         alpha = process.alpha(values).tolist()

@@ -5,6 +5,7 @@ step's extrapolation is a tensor of one number per picture.  The one look at the
 """
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Callable, List, Optional, Sequence, Tuple
@@ -86,8 +87,9 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     now, first = plan, 0        # the plan in force and the number of its first step
     for i in _steps(count, disable):
         seen = x if narrow is None else x.to(narrow)
-        denoised = check_tensor_like(f"what the model returns (step {i}, sigma = {plan.sigmas[i]:.6g})",
-                                     model(seen, for_model[i], **extra_args), x)
+        denoised = model(seen, for_model[i], **extra_args)
+        if not _alike(denoised, x):
+            check_tensor_like(f"what the model returns (step {i}, sigma = {plan.sigmas[i]:.6g})", denoised, x)
         if callback is not None:
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
         new = None if replan is None else replan(i)
@@ -125,7 +127,11 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         for change, weight in zip(changes, step.changes):
             x.add_(change, alpha=weight)
         if step.noise != 0.0:
-            x.add_(check_tensor_like(f"what noise_sampler returns (step {i})", noise(i), x), alpha=step.noise)
+            z = noise(i)
+            if not _alike(z, x):
+                check_tensor_like(f"what noise_sampler returns (step {i})", z, x)
+            x.add_(z, alpha=step.noise)
+            del z
         base = None
         if reached is not None:
             bent = [reached]
@@ -145,12 +151,24 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     return out
 
 
+def _alike(value, x: Tensor) -> bool:
+    """Whether `check_tensor_like` has nothing to look at: the common case, without its message."""
+    return (isinstance(value, torch.Tensor) and value.dtype == x.dtype and value.shape == x.shape
+            and value.device == x.device and value.layout == torch.strided)
+
+
 def _norm(x: Tensor) -> Tensor:
     """Euclidean norm of each picture, float32 or wider, shape (batch, 1, ...)."""
-    wide = torch.float32 if x.dtype in _HALF else None
-    if x.ndim == 1:
-        return x.abs() if wide is None else x.abs().to(wide)
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True, dtype=wide)
+    if x.dtype in _HALF:
+        return x.abs().to(torch.float32) if x.ndim == 1 else torch.linalg.vector_norm(x, 2, _rest(x.ndim), True,
+                                                                                      dtype=torch.float32)
+    return x.abs() if x.ndim == 1 else torch.linalg.vector_norm(x, 2, _rest(x.ndim), True)
+
+
+@functools.lru_cache(None)
+def _rest(ndim: int) -> Tuple[int, ...]:
+    """The dimensions of one picture."""
+    return tuple(range(1, ndim))
 
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
@@ -182,7 +200,7 @@ def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: L
     if amend.measure or known is None:
         along = torch.mul(score if before is None else score - before, change)
         if x.ndim > 1:
-            along = along.sum(dim=tuple(range(1, x.ndim)), keepdim=True)
+            along = along.sum(dim=_rest(x.ndim), keepdim=True)
         inverse = along.div_(_norm(change).square_().clamp_(min=_TINY)).clamp_(0.0, _SURE)
     else:
         inverse = known
@@ -268,7 +286,7 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
         found.add_(torch.sub(base, x), alpha=1.0 / settle.alpha)
     size = _norm(changes[0])
     removed = torch.sub(x, denoised, alpha=settle.alpha).mul_(changes[0])
-    along = removed.to(one.dtype) if x.ndim == 1 else removed.sum(dim=tuple(range(1, x.ndim)), keepdim=True, dtype=one.dtype)
+    along = removed.to(one.dtype) if x.ndim == 1 else removed.sum(dim=_rest(x.ndim), keepdim=True, dtype=one.dtype)
     along = along / settle.alpha
     # J = |v|^2 / <v, D - y> in [0, 1] with v = -slope R_0.
     slope = (settle.slope * size * size / along.clamp(min=_TINY)).clamp_(max=1.0) * (along > 0)
