@@ -94,7 +94,8 @@ def print_peers(steps, seeds):
 
     base = errors["comfyui"]
     print(f"Digits, ve, Karras, {steps} steps, N = {seeds}, over comfyui's\n\n| sampler | RMS | RMS without the {WORST} "
-          f"worst points of each | their share in the sum of squares | median | points off by more than 0.1 |\n|" + "---|" * 6)
+          f"worst points of each | their share in the sum of squares | median | points off by more than 0.1 |\n|"
+          + "---|" * 6)
     for name, e in errors.items():
         share = float((np.sort(e)[-WORST:] ** 2).sum() / (e ** 2).sum())
         print(f"| {name} | {root(e) / root(base):.2f} | {rest(e) / rest(base):.2f} | {share:.0%} | "
