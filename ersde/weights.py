@@ -58,7 +58,7 @@ changes (`Amend`):
 
 Along the directions of one scale this is exact; over many scales it is an average that counts those that move D.  Trained
 networks show it, with guidance less of it.  Where the product is not positive (strong guidance, whose D is no such estimate;
-the moment at which a picture decides for one of two things) there is no v, and the step is as above.  With v:
+the moment at which a picture decides for one of two things) there is no v.
 
 * The bend of the step is c R, c such that the predicted state has the variance v + lambda_t^2 that a state at t has, with
   the noise that the step adds: a model knows D at states like those alone.  Of the ODE this is the exact integral, since D
@@ -210,13 +210,8 @@ class StepIntegrals:
                              f"{math.exp(value[i + 1]):.6g} at lambda = {lam[i + 1]:.6g}")
 
     def integrate(self, factor: np.ndarray) -> np.ndarray:
-        """int factor (phi_t / phi - 1) dlog lambda per step; factor has the shape of `lam_nodes`."""
+        """int factor (phi_t / phi - 1) dlog lambda per step; factor: at the nodes, shape (panels of all steps, 20)."""
         return np.add.reduceat((factor * self._drop * self._du).sum(1), self._start)
-
-    @property
-    def lam_nodes(self) -> np.ndarray:
-        """lambda at the quadrature nodes, shape (panels of all steps, 20)."""
-        return self._lam
 
     def spread(self, per_step: np.ndarray) -> np.ndarray:
         """A value per step, broadcast to the quadrature nodes."""
@@ -730,7 +725,7 @@ class _Law:
             matched = np.where(far, lam_t ** 2, lam_s * lam_t)
             # Without a measurement; most of the way from infinity D does not change.
             self.usual = np.where(far, 0.25, 1.0) * matched
-        self.integrals, self.level, self.measure, self.rho2 = integrals, lam_t ** 2, lam_t >= lost, rho2
+        self.integrals, self.measure, self.rho2 = integrals, lam_t >= lost, rho2
         self.row = {e: r for r, e in enumerate(now)}
         self.now = now
 
