@@ -7,6 +7,10 @@ the outermost aten calls that the torch profiler sees in a whole run, over its s
 number from the device to Python (item, a branch on a tensor).  Times are medians over the repeats, which take the samplers
 in turns, with the 95 % interval of the median by bootstrap; the ratios are what to read on a machine with other work.
 
+Every repeat is two runs over a schedule that no repeat before had: the first makes what depends on the schedule, the second,
+as the next picture's, finds it made.  Set-up, until the first model call, is given of both, all else of the second.  The
+whole run is everything outside the model, set-up included, over the steps.
+
 With a ComfyUI's folder in COMFYUI_PATH its own `sample_er_sde` is a row too; that wants the Python that runs it.
 """
 from __future__ import annotations
@@ -14,11 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from types import SimpleNamespace
-from typing import Callable, Dict
+from typing import Callable, Dict, Tuple
 
 import numpy as np
 import torch
@@ -105,31 +108,42 @@ def count(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tens
     return {"operations": len(outer) / steps, "read_backs": len(backs) / steps}
 
 
+def timed(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tensor) -> Tuple[float, float]:
+    """Seconds of one run before the first model call and after it."""
+    model.reset()
+    start = time.perf_counter()
+    function(model, x, sigmas, model.draw)
+    return model.first - start, time.perf_counter() - model.first
+
+
 def measure(steps: int = 20, shape=(1, 4, 64, 64), repeats: int = 100) -> Dict[str, Dict[str, float]]:
-    """Operations, read-backs and microseconds per step of every sampler, in one run, turn by turn."""
+    """Operations, read-backs and times of every sampler, in one run, turn by turn; the ratios are to the first."""
     x = torch.randn(shape)
     sigmas = torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)])
     model = Canned(x, steps)
     found = samplers()
-    rows = {name: count(function, model, x, sigmas) for name, function in found.items()}
+    rows = {}
+    for name, function in found.items():
+        timed(function, model, x, sigmas)
+        rows[name] = count(function, model, x, sigmas)
     times = {name: [] for name in found}
-    before = {name: [] for name in found}
-    for _ in range(repeats):
+    for i in range(1, repeats + 1):
+        new = sigmas * (1.0 + 1e-5 * i)
         for name, function in found.items():
-            model.reset()
-            start = time.perf_counter()
-            function(model, x, sigmas, model.draw)
-            end = time.perf_counter()
-            times[name].append((end - model.first) / steps * 1e6)
-            before[name].append((model.first - start) * 1e3)
+            (first, _), (again, after) = (timed(function, model, x, new) for _ in range(2))
+            times[name].append((first * 1e3, again * 1e3, after / steps * 1e6, (again + after) / steps * 1e6))
     rng = np.random.default_rng(0)
-    for name, values in times.items():
-        medians = np.median(rng.choice(values, (1000, len(values))), axis=1)
-        rows[name].update(setup_ms=statistics.median(before[name]), microseconds=statistics.median(values),
-                          low=float(np.quantile(medians, 0.025)), high=float(np.quantile(medians, 0.975)))
-    base = rows["ersde exact"]["microseconds"]
+    for name, row in rows.items():
+        first, again, step, whole = np.array(times[name]).T
+        row.update(new_setup_ms=float(np.median(first)), setup_ms=float(np.median(again)))
+        for key, values in (("step", step), ("whole", whole)):
+            medians = np.median(rng.choice(values, (1000, len(values))), axis=1)
+            row[key] = {"microseconds": float(np.median(values)), "low": float(np.quantile(medians, 0.025)),
+                        "high": float(np.quantile(medians, 0.975))}
+    base = next(iter(rows.values()))
     for row in rows.values():
-        row["ratio"] = row["microseconds"] / base
+        for key, ratio in (("step", "ratio"), ("whole", "whole_ratio")):
+            row[ratio] = row[key]["microseconds"] / base[key]["microseconds"]
     return rows
 
 
@@ -145,12 +159,13 @@ def main(argv=None) -> None:
     rows = measure(args.steps, args.shape, args.repeats)
     print(f"{args.steps} steps, x of shape {tuple(args.shape)}, float32, CPU, 1 thread, torch {torch.__version__}, "
           f"{args.repeats} repeats in turns\n")
-    print("| sampler | operations per step | read-backs per step | before the first call, ms a run | "
-          "microseconds per step (95 %) | ratio |\n|---|---|---|---|---|---|")
+    print("| sampler | operations per step | read-backs per step | set-up, ms: new schedule | the same again | "
+          "microseconds per step after it (95 %) | ratio | whole run, microseconds per step (95 %) | ratio |\n"
+          "|---|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row['operations']:.1f} | {row['read_backs']:.2f} | "
-              f"{row['setup_ms']:.2f} | {row['microseconds']:.0f} "
-              f"({row['low']:.0f} to {row['high']:.0f}) | {row['ratio']:.2f} |")
+        step, whole = ("{microseconds:.0f} ({low:.0f} to {high:.0f})".format(**row[key]) for key in ("step", "whole"))
+        print(f"| {name} | {row['operations']:.1f} | {row['read_backs']:.2f} | {row['new_setup_ms']:.2f} | "
+              f"{row['setup_ms']:.2f} | {step} | {row['ratio']:.2f} | {whole} | {row['whole_ratio']:.2f} |")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"steps": args.steps, "shape": args.shape, "repeats": args.repeats, "torch": torch.__version__,

@@ -23,7 +23,7 @@ from .noise_scale import get_noise_scale
 from .presets import PRESETS, TEXTS, Preset, get_preset
 from .process import check_sigmas, get_process, start_below_one
 from .solver import run
-from .weights import METHODS, make_plan
+from .weights import METHODS, known_plan, make_plan
 
 Tensor = torch.Tensor
 
@@ -139,8 +139,11 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         shift = lambda i: guidance() * alpha[i]
 
     def make(values, etas, history=()):
-        return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history,
-                         rounding=torch.finfo(x.dtype).eps)
+        rounding = torch.finfo(x.dtype).eps
+        if len(history):
+            return make_plan(values, process, scale, etas, s_noise, order, corrector, method, history=history,
+                             rounding=rounding)
+        return known_plan(values, process, scale, etas, s_noise, order, corrector, method, rounding)
 
     replan = None
     if fresh is not None:

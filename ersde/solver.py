@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from .errors import check_tensor_like
-from .weights import MAX_ORDER, Amend, Curve, Limit, Plan, Settle, Step
+from .weights import MAX_ORDER, Amend, Limit, Plan, Settle, Step
 
 Tensor = torch.Tensor
 _HALF = (torch.float16, torch.bfloat16)
@@ -35,6 +35,54 @@ class Memory:
     score: Optional[Tensor] = None
     bent: Sequence[Tensor] = ()
     inverse: Optional[Tensor] = None
+
+
+class Numbers(NamedTuple):
+    """The numbers of a step that multiply tensors of one number per picture, as tensors: in an operation a Python number
+    costs more than the operation itself.
+
+    Attributes:
+        x_scale: of the `Step`.
+        score: 1 / (alpha lambda^2) of the state.
+        most: 2 + (1 - common) (1 + ratio^2), the trust's.
+        common, ratio, line: of the `Step`, line its first bend.
+        level, usual: of its `Amend`, 1 / usual.
+        curve: start, end, scale, top_0, top_1, bottom_0 and bottom_1 of the `Amend`'s curve and of `Step.reach`, each of shape
+            (2, 1, ...); () without an `Amend`.
+        one, zero: 1 and 0.
+    """
+
+    x_scale: Tensor
+    score: Tensor
+    most: Tensor
+    common: Tensor
+    ratio: Tensor
+    line: Tensor
+    level: Tensor
+    usual: Tensor
+    curve: Tuple[Tensor, ...]
+    one: Tensor
+    zero: Tensor
+
+
+@functools.lru_cache(maxsize=32)
+def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device) -> List[Numbers]:
+    """The `Numbers` of each step of a plan, for a state of `ndim` dimensions; one copy to the device, the first time."""
+    rows, curves = [], []
+    for step in plan.steps:
+        amend = step.amend
+        level, usual, score = (0.0, 0.0, step.score[1] if step.score else 0.0) if amend is None else \
+            (amend.level, 1.0 / amend.usual, 1.0 / (amend.alpha * amend.level))
+        most = 2.0 + (1.0 - step.common) * (1.0 + step.ratio ** 2)
+        rows += [step.x_scale, score, most, step.common, step.ratio, step.bend[0] if step.bend else 0.0, level, usual]
+        if amend is not None:
+            both = amend.curve, step.reach or amend.curve
+            curves += [n for pair in zip(*((c.start, c.end, c.scale, *c.top, *c.bottom) for c in both)) for n in pair]
+    made = torch.tensor([1.0, 0.0, *rows, *curves], dtype=torch.float64, device="cpu").to(dtype).to(device)
+    single = made[:2 + len(rows)].unbind()
+    pairs = iter(made[len(single):].reshape(-1, 7, 2, *(1,) * ndim).unbind())
+    return [Numbers(*single[2 + 8 * i:10 + 8 * i], next(pairs).unbind() if step.amend else (), *single[:2])
+            for i, step in enumerate(plan.steps)]
 
 
 def _steps(count: int, disable: Optional[bool]):
@@ -81,10 +129,11 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     known = memory or Memory(newest=history[0] if history else None, changes=[a - b for a, b in zip(history, history[1:])])
     x, newest, changes, base = x if known.x is None else known.x, known.newest, list(known.changes), known.base
     score, bent, inverse = known.score, known.bent, known.inverse
+    length: Optional[Tensor] = None     # |R_0| of the step before, where that measured it
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
-    one = torch.ones((), dtype=x.dtype, device=x.device)
     now, first = plan, 0        # the plan in force and the number of its first step
+    by_step = numbers(plan, x.ndim, x.dtype, x.device)
     for i in _steps(count, disable):
         seen = x if narrow is None else x.to(narrow)
         denoised = model(seen, for_model[i], **extra_args)
@@ -94,33 +143,34 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
         new = None if replan is None else replan(i)
         if new is not None:
-            now, first, newest, inverse = new, i, None, None
+            now, first, newest, inverse, length = new, i, None, None, None
             changes.clear()
+            by_step = numbers(now, x.ndim, x.dtype, x.device)
         kept = now.history if memory is None else MAX_ORDER + 1
         if newest is not None and kept:
             changes.insert(0, denoised - newest)
             del changes[kept:]
-        step, trust = now.steps[i - first], None
+        step, by, trust, reached = now.steps[i - first], by_step[i - first], None, None
         if step.amend is not None:
-            x, denoised, score, inverse = _amended(step.amend, x, seen, denoised, changes, score, bent, inverse)
+            x, denoised, score, inverse, by_law = _amended(step.amend, by, x, seen, denoised, changes, score, bent, inverse)
         elif step.score is not None:
-            score = _score(_like(seen, x), denoised, *step.score)
+            score = _score(_like(seen, x), denoised, step.score[0], by.score)
         newest, bent, score = denoised, (), score if step.score is not None else None
         del seen                # or the old state would outlive the new one
-        reached = None
         if step.reach is not None:
-            reached, size = _reached(step, denoised, changes, inverse)
+            reached, size, length = _reached(step, by, denoised, changes, by_law, length)
             sums.append(size)
         elif step.bend:
-            trust, size = _trust(denoised, changes, step, one)
+            trust, size, length = _trust(denoised, changes, step, by)
             sums.append(size)
         else:
             sums.append(denoised.sum(dtype=torch.float32))
+            length = None
         if step.last:
-            x = denoised.to(x.dtype) if step.settle is None else _settled(step.settle, x, base, denoised, changes, one)
+            x = denoised.to(x.dtype) if step.settle is None else _settled(step.settle, x, base, denoised, changes, by.one)
             continue
         # The product is a new tensor (the callback or the model may hold the old x), all else is added in place.
-        x = (base if step.from_base else x) * step.x_scale
+        x = (base if step.from_base else x) * by.x_scale
         if shift is not None:
             x.add_(shift(i), alpha=step.x_scale)
         x.add_(denoised, alpha=step.denoised)
@@ -176,13 +226,14 @@ def _like(value: Tensor, x: Tensor) -> Tensor:
     return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
-def _score(x: Tensor, denoised: Tensor, alpha: float, factor: float) -> Tensor:
+def _score(x: Tensor, denoised: Tensor, alpha: float, factor: Tensor) -> Tensor:
     """e = (y - D) / lambda^2 of the state x = alpha y, factor = 1 / (alpha lambda^2)."""
     return torch.sub(x, _like(denoised, x), alpha=alpha).mul_(factor)
 
 
-def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor], before: Optional[Tensor],
-             bent: Sequence[Tensor], known: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
+             before: Optional[Tensor], bent: Sequence[Tensor], known: Optional[Tensor]
+             ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tuple[Tensor, Tensor]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
     corrected evaluation.
 
@@ -193,10 +244,11 @@ def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: L
         known: 1 / v of the step before, where there is one.
 
     Returns:
-        x, D, e of both, and 1 / v of each picture, 0 where there is none.
+        x, D, e of both, 1 / v of each picture, 0 where there is none, and for `_reached` the step's bend by v and whether
+        there is one.
     """
     change, factor = _like(changes[0], x), 1.0 / (amend.alpha * amend.level)
-    score = _score(_like(seen, x), denoised, amend.alpha, factor)
+    score = _score(_like(seen, x), denoised, amend.alpha, by.score)
     if amend.measure or known is None:
         along = torch.mul(score if before is None else score - before, change)
         if x.ndim > 1:
@@ -204,19 +256,19 @@ def _amended(amend: Amend, x: Tensor, seen: Tensor, denoised: Tensor, changes: L
         inverse = along.div_(_norm(change).square_().clamp_(min=_TINY)).clamp_(0.0, _SURE)
     else:
         inverse = known
-    sure = inverse > 0
-    weight = _curve(amend.curve, torch.where(sure, inverse, 1.0 / amend.usual))
+    sure = inverse > by.zero
+    weight, by_law = _curves(by, torch.where(sure, inverse, by.usual)).unbind()
     found = change * weight
     for part, old in zip(bent, changes[1:]):
         found.addcmul_(_like(old, x), _like(part, x), value=-1.0)
-    slope = sure / (inverse * amend.level).add_(1.0)
-    score.addcmul_(found, 1.0 - slope, value=factor)
+    slope = sure / (inverse * by.level).add_(by.one)
+    score.addcmul_(found, by.one - slope, value=factor)
     if amend.limit is not None and amend.measure:
         slope = torch.minimum(slope, _mean_slope(amend.limit, amend.level, score, before))
         found.div_((1.0 - weight * slope.pow(3) / amend.alpha).clamp_(min=0.5))
     changes[0] = torch.addcmul(change, found, slope, value=1.0 / amend.alpha)
     denoised = torch.addcmul(_like(denoised, x), found, slope, value=1.0 / amend.alpha)
-    return x + found, denoised, score, inverse
+    return x + found, denoised, score, inverse, (by_law, sure)
 
 
 def _mean_slope(limit: Limit, level: float, score: Tensor, before: Optional[Tensor]) -> Tensor:
@@ -232,36 +284,43 @@ def _mean_slope(limit: Limit, level: float, score: Tensor, before: Optional[Tens
     return room / (room + gain.clamp_(min=0.0).mul_(level)).clamp_(min=_TINY)
 
 
-def _curve(curve: Curve, inverse: Tensor) -> Tensor:
-    """f(v) of each picture, see `Curve`."""
-    q = (inverse * curve.end).add_(curve.start).div_((inverse * curve.scale).add_(1.0)).sqrt_()
-    return (q * curve.top[1]).add_(curve.top[0]).div_((q * curve.bottom[1]).add_(curve.bottom[0]))
+def _curves(by: Numbers, inverse: Tensor) -> Tensor:
+    """Both curves' f(v) of each picture, see `Curve`; shape (2, batch, 1, ...)."""
+    start, end, scale, top, steep, bottom, deep = by.curve
+    q = (inverse * end).add_(start).div_((inverse * scale).add_(by.one)).sqrt_()
+    return (q * steep).add_(top).div_((q * deep).add_(bottom))
 
 
-def _reached(step: Step, denoised: Tensor, changes: Sequence[Tensor], inverse: Tensor) -> Tuple[Tensor, Tensor]:
-    """The weight on R_0 of a long step's bend, one number per picture (see `ersde.weights`), and |D_0|."""
-    size, by_law = _norm(denoised), _curve(step.reach, inverse)
+def _reached(step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Tensor, Tensor],
+             before: Optional[Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    """The weight on R_0 of a long step's bend, one number per picture (see `ersde.weights`), |D_0| and |R_0|.
+
+    Args:
+        law: the bend by v, and whether there is a v.
+        before: |R_1| if it is known.
+    """
+    (by_law, sure), size, change = law, _norm(denoised), _norm(changes[0])
     if not step.bend:
-        return by_law * (inverse > 0), size
-    change = _norm(changes[0]).clamp_(min=_TINY)
-    wide = (change / size).square_().mul_(step.common).add_(1.0)        # infinite for D = 0
-    by_line = wide.reciprocal().mul_(step.bend[0])
+        return by_law * sure, size, change
+    length = change.clamp(min=_TINY)
+    wide = (length / size).square_().mul_(by.common).add_(by.one)      # infinite for D = 0
+    by_line = wide.reciprocal_().mul_(by.line)
     if step.ratio == 0.0:
-        return torch.maximum(by_law * (inverse > 0), by_line), size
-    fall = (_norm(changes[1]) / change).mul_(step.ratio).pow_(4).add_(1.0)
-    return torch.where(inverse > 0, torch.maximum(by_law, by_line), by_line / fall), size
+        return torch.maximum(by_law * sure, by_line), size, change
+    fall = ((_norm(changes[1]) if before is None else before) / length).mul_(by.ratio).pow_(4).add_(by.one)
+    return torch.where(sure, torch.maximum(by_law, by_line), by_line / fall), size, change
 
 
-def _trust(denoised: Tensor, changes: Sequence[Tensor], step: Step, one: Tensor) -> Tuple[Tensor, Tensor]:
-    """theta = clamp(2 - m^2, 0, 1) / (1 + s^2) of each picture (see `ersde.weights`), and |D_0|."""
-    size, change = _norm(denoised), _norm(changes[0]).clamp_(min=_TINY)
+def _trust(denoised: Tensor, changes: Sequence[Tensor], step: Step, by: Numbers) -> Tuple[Tensor, Tensor, Tensor]:
+    """theta = clamp(2 - m^2, 0, 1) / (1 + s^2) of each picture (see `ersde.weights`), |D_0| and |R_0|."""
+    size, length = _norm(denoised), _norm(changes[0])
+    change = length.clamp(min=_TINY)
     share = change / size               # infinite for D = 0, where the trust is 0
-    wide = torch.addcmul(one, share, share, value=step.common)
+    wide = torch.addcmul(by.one, share, share, value=step.common)
     if step.ratio == 0.0:
-        return wide.reciprocal_(), size
+        return wide.reciprocal_(), size, length
     miss = _norm(torch.sub(changes[0], changes[1], alpha=step.ratio)).div_(change)
-    most = 2.0 + (1.0 - step.common) * (1.0 + step.ratio ** 2)
-    return torch.rsub(miss.square_(), most).clamp_(0.0, 1.0).div_(wide), size
+    return torch.sub(by.most, miss.square_()).clamp_(0.0, 1.0).div_(wide), size, length
 
 
 def _bent(x: Tensor, changes: Sequence[Tensor], bend: Sequence[float], trust: Tensor) -> Tensor:

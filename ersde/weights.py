@@ -103,6 +103,7 @@ All arithmetic is numpy float64 on the CPU.
 """
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -413,9 +414,9 @@ class Step:
         return tuple((lag, w) for lag, w in enumerate(weights) if w != 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """All steps of a run.
+    """All steps of a run; equal to itself alone.
 
     Attributes:
         sigmas: shape (steps + 1,), float64: the checked schedule, up to its first zero.
@@ -542,6 +543,24 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
                    1 + max(len(before.bend), 1 if before.reach else 0) if s.amend else 0)
                for before, s in zip((None, *steps), steps))
     return Plan(sigmas, tuple(steps), tuple(orders), keep)
+
+
+@functools.lru_cache(maxsize=32)
+def _known_plan(sigmas: bytes, eta: bytes, *settings) -> Plan:
+    process, scale, s_noise, order, corrector, method, rounding = settings
+    return make_plan(np.frombuffer(sigmas), process, scale, np.frombuffer(eta), s_noise, order, corrector, method,
+                     rounding=rounding)
+
+
+def known_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.ndarray, s_noise: float, order: int,
+               corrector: bool, method: str, rounding: float) -> Plan:
+    """`make_plan`, which is asked once for the same schedule and settings: the next picture or tile has the same plan.
+
+    A user's function is asked anew each time, since what it returns may change.
+    """
+    if scale.from_user:
+        return make_plan(sigmas, process, scale, eta, s_noise, order, corrector, method, rounding=rounding)
+    return _known_plan(sigmas.tobytes(), eta.tobytes(), process, scale, s_noise, order, corrector, method, rounding)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ from ersde.noise_scale import get_noise_scale
 from ersde.process import check_sigmas, get_process
 from ersde.solver import _amended as amended
 from ersde.solver import _trust, run
-from ersde.weights import Amend, Curve, Limit, Step, make_plan
-
-ONE = torch.ones(())
+from ersde.weights import Amend, Curve, Limit, Plan, Step, make_plan
 
 
 def plan(sigmas, process="ve", scale="ode", eta=0.0, **kw):
@@ -34,7 +32,12 @@ def sample(model, x, sigmas, **kw):
 def trust(denoised, newest, before, ratio=1.0, common=1.0):
     step = Step(1.0, 0.0, (), 0.0, ratio=ratio, common=common)
     as_tensor = lambda v: torch.tensor([v], dtype=torch.float64)
-    return _trust(as_tensor(denoised), [as_tensor(newest), as_tensor(before)], step, ONE.double())[0].item()
+    return _trust(as_tensor(denoised), [as_tensor(newest), as_tensor(before)], step, by(step))[0].item()
+
+
+def by(step):
+    """The step's numbers as tensors, for states of two dimensions."""
+    return solver.numbers(Plan(np.array([1.0, 0.0]), (step,), (1,), 1), 2, torch.float64, torch.device("cpu"))[0]
 
 
 def test_trust_is_its_formula():
@@ -261,9 +264,10 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
         assert (inverse == 0).all()
     curve = Curve((0.2, 0.6), (0.7, 1.1), 1.0, 0.25, 1.0)
     amend = Amend(alpha=1.0, level=0.25, curve=curve, usual=0.5)
+    numbers = by(Step(1.0, 0.0, (), 0.0, amend=amend))
     change = torch.randn(2, 16, dtype=torch.float64)
     changes = [change.clone()]
-    out, denoised, _, inverse = amended(amend, x, x, -0.2 * x, changes, 100.0 * change, (), None)
+    out, denoised, _, inverse, _ = amended(amend, numbers, x, x, -0.2 * x, changes, 100.0 * change, (), None)
     assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
     torch.testing.assert_close(out - x, change * at(curve, 0.5))
 
@@ -338,7 +342,8 @@ def test_the_last_correction_counts_what_it_does_to_itself(std, k):
     amend = Amend(alpha=1.0, level=level, curve=curve, usual=0.3)
     last = dataclasses.replace(amend, limit=Limit(1e9, 1.0, 0.0))        # room without end: no limit
     for used, factor in ((amend, 1.0), (last, 1.0 - k * j ** 3)):
-        out, denoised, _, inverse = amended(used, x, x, j * x, [change.clone()], before, (), None)
+        numbers = by(Step(1.0, 0.0, (), 0.0, amend=used))
+        out, denoised, _, inverse, _ = amended(used, numbers, x, x, j * x, [change.clone()], before, (), None)
         torch.testing.assert_close(inverse, torch.full_like(inverse, 1.0 / v))
         torch.testing.assert_close(out - x, k * change / factor)
         torch.testing.assert_close(denoised - j * x, j * k * change / factor)
@@ -401,19 +406,24 @@ def test_the_bend_gives_the_predicted_state_its_variance(process, sigmas, scale)
 def test_without_a_variance_the_bend_is_the_lines_and_fades_as_the_change_falls():
     """c_1 / (1 + s^2), over 1 + (ratio |P| / |R|)^4; with a variance the larger of that and the law's."""
     step = dataclasses.replace(Step(1.0, 0.0, (), 0.0), bend=(0.4,), ratio=0.5, common=0.5, long=True,
-                               reach=Curve((0.3, -0.3), (1.0, 0.0), 1.0, 0.04, 1.0))
+                               reach=Curve((0.3, -0.3), (1.0, 0.0), 1.0, 0.04, 1.0), amend=Amend(
+                                   alpha=1.0, level=1.0, curve=Curve((0.2, 0.6), (0.7, 1.1), 1.0, 0.25, 1.0), usual=0.5))
     denoised = torch.tensor([[2.0, 0.0]] * 4, dtype=torch.float64)
     newest = torch.tensor([[0.0, 1.0]] * 4, dtype=torch.float64)
     before = torch.tensor([[0.1, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
     inverse = torch.tensor([[0.0], [0.0], [0.0], [1e9]], dtype=torch.float64)
-    weight, size = solver._reached(step, denoised, [newest, before], inverse)
+    law = solver._curves(by(step), inverse)[1], inverse > 0
+    weight, size, length = solver._reached(step, by(step), denoised, [newest, before], law, None)
     line = 0.4 / (1.0 + 0.5 * 0.25)
-    assert size.flatten().tolist() == [2.0] * 4
+    assert size.flatten().tolist() == [2.0] * 4 and length.flatten().tolist() == [1.0] * 4
     assert weight.flatten().tolist() == pytest.approx([line / (1.0 + 0.05 ** 4), line / 2.0, line / 10001.0, line])
+    known = before.norm(dim=1, keepdim=True)                    # |R_1|, as the step before has measured it
+    assert torch.equal(solver._reached(step, by(step), denoised, [newest, None], law, known)[0], weight)
     step = dataclasses.replace(step, bend=(0.1,))
-    assert solver._reached(step, denoised, [newest, before], inverse)[0][3].item() == pytest.approx(0.3 * 0.8, rel=1e-6)
+    found = solver._reached(step, by(step), denoised, [newest, before], law, None)[0]
+    assert found[3].item() == pytest.approx(0.3 * 0.8, rel=1e-6)
     alone = dataclasses.replace(step, bend=(), ratio=0.0)       # after lambda = infinity there is no line
-    found = solver._reached(alone, denoised, [newest], inverse)[0].flatten().tolist()
+    found = solver._reached(alone, by(alone), denoised, [newest], law, None)[0].flatten().tolist()
     assert found[:3] == [0.0] * 3 and found[3] == pytest.approx(0.24, rel=1e-6)
 
 
@@ -430,7 +440,7 @@ def test_the_evaluation_follows_the_correction(process, std):
 
     def spy(amend, *args):
         out = amended(amend, *args)
-        seen.append((out[0], out[1], args[2]))
+        seen.append((out[0], out[1], args[3]))
         return out
 
     with pytest.MonkeyPatch.context() as patch:

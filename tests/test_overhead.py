@@ -46,6 +46,48 @@ def test_long_steps_measure_their_trust_without_a_read_back():
         assert found["operations"] < 0.7 * count(run, Canned(x, 20), x, sigmas)["operations"]
 
 
+def test_long_steps_take_few_operations():
+    """All 10 steps are long, and measure the variance of the data: fewer operations than the host's own er_sde, 72."""
+    operations(10)                      # the plan is made once
+    found = operations(10)
+    assert found["operations"] <= 56
+    assert found["read_backs"] == 0
+
+
+def test_the_next_run_has_its_plan():
+    """The next picture's set-up makes no weights."""
+    ersde.weights._known_plan.cache_clear()
+    first = operations(2)
+    assert operations(2)["operations"] <= 0.7 * first["operations"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("steps", [10, 40])
+def test_what_is_kept_from_run_to_run_knows_the_dtype_and_the_mode(steps, dtype):
+    """A run in inference mode, as ComfyUI's are, of another dtype or shape before does not change a run."""
+    sigmas = torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)])
+    x = 12.0 * torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def run(dtype, shape=(2, 4, 3, 3)):
+        x_, model = x.to(dtype).reshape(shape), lambda x, sigma: torch.tanh(x)
+        return ersde.sample_er_sde(model, x_, sigmas, disable=True, process="ve",
+                                   noise_sampler=lambda s, t: torch.ones_like(x_))
+
+    def cleared():
+        ersde.weights._known_plan.cache_clear()
+        ersde.solver.numbers.cache_clear()
+
+    cleared()
+    want = run(dtype)
+    cleared()
+    with torch.inference_mode():
+        run(dtype)
+        run(torch.float32, (2, 36))
+    run(torch.float64, (72,))
+    run(torch.bfloat16)
+    assert torch.equal(run(dtype), want)
+
+
 def test_the_counter_sees_a_read_back():
     def run(model, x, sigmas, noise):
         for sigma in sigmas:

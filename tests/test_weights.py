@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ersde.noise_scale import NOISE_SCALES, get_noise_scale
 from ersde.process import check_sigmas, get_process
-from ersde.weights import VARIABLES, StepIntegrals, divided_difference, make_plan
+from ersde.weights import VARIABLES, StepIntegrals, divided_difference, known_plan, make_plan
 
 mp.mp.dps = 25
 
@@ -214,3 +214,44 @@ def test_a_last_step_of_hardly_any_length(gap):
     made = plan([10.0, 1.0, 1e-6 * (1 + gap), 1e-6, 0.0])
     assert all(np.isfinite([w for _, w in step.evaluations]).all() for step in made.steps)
     assert made.steps[-1].settle is None or np.isfinite(made.steps[-1].settle.slope)
+
+
+SETTINGS = (1.0, 3, True, "exact", 1.2e-7)       # s_noise, order, corrector, method, rounding
+
+
+def test_a_plan_is_made_once_for_the_same_schedule_and_settings():
+    """The next picture and the next tile; any difference is a plan of its own, equal to that of make_plan."""
+    process, scale, etas = get_process("ve"), get_noise_scale("sde_5"), np.ones(4)
+    sigmas = np.array([10.0, 3.0, 1.0, 0.3, 0.0])
+    first = known_plan(sigmas.copy(), process, scale, etas.copy(), *SETTINGS)
+    assert known_plan(sigmas, process, scale, etas, *SETTINGS) is first
+    other = sigmas.copy()
+    other[2] = np.nextafter(1.0, 2.0)
+    window = etas.copy()
+    window[0] = 0.0
+    flow = get_process("flow")
+    changed = [(other, process, scale, etas, *SETTINGS), (sigmas, process, get_noise_scale("sde_4"), etas, *SETTINGS),
+               (sigmas, process, scale, window, *SETTINGS), (sigmas / 11.0, flow, scale, etas, *SETTINGS)]
+    for i, value in enumerate((0.9, 2, False, "paper", 1e-3)):
+        changed.append((sigmas, process, scale, etas, *SETTINGS[:i], value, *SETTINGS[i + 1:]))
+    for each in changed:
+        made = known_plan(*each)
+        assert made is not first
+        assert made.steps == make_plan(*each[:-1], rounding=each[-1]).steps
+    assert first.steps == make_plan(sigmas, process, scale, etas, *SETTINGS[:-1], rounding=SETTINGS[-1]).steps
+
+
+def test_a_users_function_is_asked_each_time():
+    """What it returns may have changed."""
+    power = [1.0]
+    scale = get_noise_scale(lambda lam: lam ** power[0])
+    rest = get_process("ve"), scale, np.ones(3), *SETTINGS
+    before = known_plan(np.array([10.0, 3.0, 1.0, 0.0]), *rest).steps
+    power[0] = 2.0
+    assert known_plan(np.array([10.0, 3.0, 1.0, 0.0]), *rest).steps != before
+
+
+def test_a_plan_cannot_be_written_to():
+    made = known_plan(np.array([10.0, 3.0, 1.0, 0.0]), get_process("ve"), get_noise_scale("ode"), np.zeros(3), *SETTINGS)
+    with pytest.raises(ValueError, match="read-only"):
+        made.sigmas[0] = 1.0
