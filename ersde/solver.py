@@ -47,8 +47,8 @@ class Numbers(NamedTuple):
         most: 2 + (1 - common) (1 + ratio^2), the trust's.
         common, ratio, line: of the `Step`, line its first bend.
         level, usual: of its `Amend`, 1 / usual.
-        curve: start, end, scale, top_0, top_1, bottom_0 and bottom_1 of the `Amend`'s curve and of `Step.reach`, each of shape
-            (2, 1, ...); () without an `Amend`.
+        curve: start, end, scale, top_0, top_1, bottom_0 and bottom_1 of the `Amend`'s curve and of `Step.reach`, each of
+            shape (2, 1, ...); () without an `Amend`.
         one, zero: 1 and 0.
     """
 
@@ -299,27 +299,25 @@ def _reached(step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor
         law: the bend by v, and whether there is a v.
         before: |R_1| if it is known.
     """
-    (by_law, sure), size, change = law, _norm(denoised), _norm(changes[0])
+    (by_law, sure), size, length = law, _norm(denoised), _norm(changes[0]).clamp_(min=_TINY)
     if not step.bend:
-        return by_law * sure, size, change
-    length = change.clamp(min=_TINY)
+        return by_law * sure, size, length
     wide = (length / size).square_().mul_(by.common).add_(by.one)      # infinite for D = 0
     by_line = wide.reciprocal_().mul_(by.line)
     if step.ratio == 0.0:
-        return torch.maximum(by_law * sure, by_line), size, change
+        return torch.maximum(by_law * sure, by_line), size, length
     fall = ((_norm(changes[1]) if before is None else before) / length).mul_(by.ratio).pow_(4).add_(by.one)
-    return torch.where(sure, torch.maximum(by_law, by_line), by_line / fall), size, change
+    return torch.where(sure, torch.maximum(by_law, by_line), by_line / fall), size, length
 
 
 def _trust(denoised: Tensor, changes: Sequence[Tensor], step: Step, by: Numbers) -> Tuple[Tensor, Tensor, Tensor]:
     """theta = clamp(2 - m^2, 0, 1) / (1 + s^2) of each picture (see `ersde.weights`), |D_0| and |R_0|."""
-    size, length = _norm(denoised), _norm(changes[0])
-    change = length.clamp(min=_TINY)
-    share = change / size               # infinite for D = 0, where the trust is 0
+    size, length = _norm(denoised), _norm(changes[0]).clamp_(min=_TINY)
+    share = length / size               # infinite for D = 0, where the trust is 0
     wide = torch.addcmul(by.one, share, share, value=step.common)
     if step.ratio == 0.0:
         return wide.reciprocal_(), size, length
-    miss = _norm(torch.sub(changes[0], changes[1], alpha=step.ratio)).div_(change)
+    miss = _norm(torch.sub(changes[0], changes[1], alpha=step.ratio)).div_(length)
     return torch.sub(by.most, miss.square_()).clamp_(0.0, 1.0).div_(wide), size, length
 
 
