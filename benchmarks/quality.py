@@ -1,6 +1,6 @@
 """Quality at equal model calls: this project's presets beside the published formulas, ComfyUI's, k-diffusion and azula.
 
-    python -m benchmarks.quality [--quick] [--out DIR] [--filter REGEX] [--calls N ...] [--count N]
+    python -m benchmarks.quality [--quick] [--out DIR] [--filter REGEX] [--calls N ...] [--count N] [--all-schedules]
 
 Every sampler starts from the same states, takes noise from the same seed and makes the same number of model calls,
 which are counted.  A sampler with two calls a step gets (calls + 1) / 2 steps over the same range of sigma; ending in
@@ -710,6 +710,7 @@ def main(argv=None) -> None:
     parser.add_argument("--filter", default="", help="regular expression: only cells whose name has it")
     parser.add_argument("--calls", type=int, nargs="+", help="model calls of a run")
     parser.add_argument("--count", type=int, help="starting points")
+    parser.add_argument("--all-schedules", action="store_true", help="with --quick: all schedules, not one per process")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     settings = QUICK if args.quick else Settings()
@@ -717,7 +718,7 @@ def main(argv=None) -> None:
         settings = dataclasses.replace(settings, count=args.count)
     stem = "quality_quick" if args.quick else "quality"
     cells = plan(settings, args.calls or (QUICK_CALLS if args.quick else CALLS),
-                 QUICK_SCHEDULES if args.quick else SCHEDULES, args.filter)
+                 QUICK_SCHEDULES if args.quick and not args.all_schedules else SCHEDULES, args.filter)
     rows, fresh = run(cells, args.out / f"{stem}.jsonl")
     text = table(rows, settings)
     (args.out / f"{stem}.md").write_text(text, encoding="utf-8")
