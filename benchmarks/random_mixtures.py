@@ -1,18 +1,20 @@
 """The noise-free default against ComfyUI's formulas on mixtures that nobody chose: drawn at random, as many as wanted.
 
-    python -m benchmarks.random_mixtures [--count 16] [--seed 1] [--out DIR]
+    python -m benchmarks.random_mixtures [--count 16] [--seed 1] [--guided DIM] [--out DIR]
 
 Dimension, number of parts, their places and widths, the guidance and the parts it points to are drawn; each mixture runs in
 both processes, with 5 to 50 steps.  The figure of a cell is the mean over `POINTS` starting points of the RMS error to the
 exact probability flow, over that of ComfyUI's formulas; its 95 % interval is by bootstrap over the starting points, the
-same in both.  A mixture is a line of JSON in DIR, and a run takes up where the last one stopped.
+same in both.  A mixture is a line of JSON in DIR, and a run takes up where the last one stopped.  With --guided only those
+with guidance and of dimension DIM are taken, the next ones from the seed on.
 """
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import numpy as np
 import torch
@@ -37,6 +39,12 @@ def drawn(seed: int) -> Dict[str, object]:
     std = torch.tensor(np.exp(rng.uniform(np.log(0.05), np.log(0.5), size=parts)))
     label = None if guidance is None else torch.arange(parts) < max(1, parts // 3)
     return {"means": means, "std": std, "guidance": guidance, "label": label}
+
+
+def chosen(seed: int, guided: Optional[int]) -> bool:
+    """Whether a mixture is taken: with a dimension `guided` only those of it that have guidance."""
+    parts = drawn(seed) if guided else {}
+    return not guided or parts["guidance"] is not None and parts["means"].shape[1] == guided
 
 
 def measure(seed: int) -> List[dict]:
@@ -92,6 +100,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.random_mixtures", description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=16, help="mixtures")
     parser.add_argument("--seed", type=int, default=1, help="of the first one; the others follow")
+    parser.add_argument("--guided", type=int, choices=(2, 4, 16, 48), help="only mixtures with guidance, of this dimension")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -100,7 +109,8 @@ def main(argv=None) -> None:
     stamp = quality._digest(quality._own_source(), own, torch.__version__)
     done, rows = quality.load(path, "key"), []
     with quality.appending(path) as file:
-        for seed in tqdm(range(args.seed, args.seed + args.count), unit="mixture"):
+        seeds = itertools.islice((s for s in itertools.count(args.seed) if chosen(s, args.guided)), args.count)
+        for seed in tqdm(seeds, total=args.count, unit="mixture"):
             key = f"{seed} / {stamp}"
             if key not in done:
                 done[key] = {"key": key, "cells": measure(seed)}
@@ -108,7 +118,10 @@ def main(argv=None) -> None:
                 file.flush()
             rows += done[key]["cells"]
     text = table(rows, args.count)
-    (args.out / "random_mixtures.md").write_text(f"    python -m benchmarks.random_mixtures\n\n{text}", encoding="utf-8")
+    options = "".join(f" --{key} {value}" for key, value, usual in (("count", args.count, 16), ("seed", args.seed, 1),
+                                                                    ("guided", args.guided, None)) if value != usual)
+    (args.out / "random_mixtures.md").write_text(f"    python -m benchmarks.random_mixtures{options}\n\n{text}",
+                                                 encoding="utf-8")
     print(text)
 
 

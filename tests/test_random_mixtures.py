@@ -29,6 +29,20 @@ def test_the_table_counts_what_is_worse_with_its_whole_interval():
     assert not any("(1.00 to 1.20)" in line for line in lines)
 
 
+def test_only_guided_mixtures_of_a_dimension(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(random_mixtures, "POINTS", 4)
+    monkeypatch.setattr(random_mixtures, "EXACT_STEPS", 40)
+    monkeypatch.setattr(random_mixtures, "STEPS", (5,))
+    main(["--count", "2", "--seed", "20", "--guided", "2", "--out", str(tmp_path)])
+    capsys.readouterr()
+    rows = [json.loads(line) for line in (tmp_path / "random_mixtures.jsonl").read_text().splitlines()]
+    assert all(cell["dim"] == 2 and cell["guidance"] > 1 for row in rows for cell in row["cells"])
+    taken = [int(row["key"].split()[0]) for row in rows]
+    assert taken == [s for s in range(20, taken[-1] + 1) if drawn(s)["guidance"] and drawn(s)["means"].shape[1] == 2]
+    text = (tmp_path / "random_mixtures.md").read_text()
+    assert text.startswith("    python -m benchmarks.random_mixtures --count 2 --seed 20 --guided 2\n")
+
+
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(random_mixtures, "POINTS", 4)
     monkeypatch.setattr(random_mixtures, "EXACT_STEPS", 40)
