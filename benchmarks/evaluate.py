@@ -550,7 +550,8 @@ def questions(results: Results) -> Dict[str, List[dict]]:
 
     for at in settings:
         for ours, calls in FEWER:
-            add("fewer calls", at, (ours, "ours sde_5"), (calls, "comfyui sde_5"))
+            for preset in ("ours sde_5", "ours few_steps"):
+                add("fewer calls", at, (ours, preset), (calls, "comfyui sde_5"))
         for calls in sorted({cell.calls for cell in results.blocks}):
             add("comfyui", at, (calls, "ours sde_5"), (calls, "comfyui sde_5"))
         for name in theirs:
@@ -566,7 +567,7 @@ def questions(results: Results) -> Dict[str, List[dict]]:
 
 
 ASKED = {
-    "fewer calls": "Ours `sde_5` with fewer calls than ComfyUI's `sde_5`",
+    "fewer calls": "Ours `sde_5` and `few_steps` with fewer calls than ComfyUI's `sde_5`",
     "comfyui": "Ours `sde_5` over ComfyUI's `sde_5` at equal calls",
     "stochastic peers": "Ours `sde_5` over each stochastic peer at equal calls",
     "deterministic peers": "Ours `few_steps` over the best deterministic peer of each cell, picked after the fact",

@@ -193,8 +193,9 @@ def test_the_command_reports_what_is_there(tmp_path, capsys):
     assert "with fewer calls" in text and "1 cells" in text and "best deterministic peer" in text
     found = json.loads((tmp_path / "evaluate.json").read_text())
     assert len(found["cells"]) == 8 and all(one["count"] == 20 for one in found["cells"])
-    pair, = found["questions"]["fewer calls"]
-    assert (pair["calls"], pair["peer_calls"], pair["count"]) == (6, 9, 20)
+    pairs = found["questions"]["fewer calls"]
+    assert [(pair["ours"], pair["calls"], pair["peer_calls"], pair["count"]) for pair in pairs] == [
+        ("ours sde_5", 6, 9, 20), ("ours few_steps", 6, 9, 20)]
     for one in found["cells"]:
         for name in ("frechet", "kernel", "precision", "recall", "class"):
             low, high = one[name]["interval"]
