@@ -190,7 +190,7 @@ def test_the_command_reports_what_is_there(tmp_path, capsys):
                  "^(ours|comfyui) sde_5$|^ours few|2m$", "--block", "20", "--out", str(tmp_path)]
     assert evaluate.main([*arguments, "--count", "20"]) == 0
     text = (tmp_path / "evaluate.md").read_text()
-    assert "with fewer calls" in text and "1 cells" in text and "best deterministic peer" in text
+    assert "with fewer calls" in text and "2 cells" in text and "best deterministic peer" in text
     found = json.loads((tmp_path / "evaluate.json").read_text())
     assert len(found["cells"]) == 8 and all(one["count"] == 20 for one in found["cells"])
     pairs = found["questions"]["fewer calls"]
