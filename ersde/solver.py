@@ -66,7 +66,7 @@ class Numbers(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device) -> List[Numbers]:
+def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device) -> Tuple[Numbers, ...]:
     """The `Numbers` of each step of a plan, for a state of `ndim` dimensions; one copy to the device, the first time."""
     rows, curves = [], []
     for step in plan.steps:
@@ -81,8 +81,8 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device) -> 
     made = torch.tensor([1.0, 0.0, *rows, *curves], dtype=torch.float64, device="cpu").to(dtype).to(device)
     single = made[:2 + len(rows)].unbind()
     pairs = iter(made[len(single):].reshape(-1, 7, 2, *(1,) * ndim).unbind())
-    return [Numbers(*single[2 + 8 * i:10 + 8 * i], next(pairs).unbind() if step.amend else (), *single[:2])
-            for i, step in enumerate(plan.steps)]
+    return tuple(Numbers(*single[2 + 8 * i:10 + 8 * i], next(pairs).unbind() if step.amend else (), *single[:2])
+                 for i, step in enumerate(plan.steps))
 
 
 def _steps(count: int, disable: Optional[bool]):
