@@ -75,8 +75,7 @@ def peers_table(steps, seeds=512):
     kinds.update({name: KINDS[name] for name in ("paper", "comfyui")})
     found = {name: run(model, x, sigmas, **kw) for name, kw in kinds.items()}
     for method in quality.methods():
-        one_call = method.name.split()[-1] not in ("heun", "dpm_2")
-        if method.family in ("k-diffusion", "azula") and not method.noisy and one_call:
+        if method.family in (quality.KDIFFUSION, quality.AZULA) and not method.noisy and method.calls_per_step == 1:
             found[method.name] = method.run(model, x, sigmas, None, None)
     errors = {name: ((out - exact) ** 2).mean(1).sqrt().numpy() for name, out in found.items()}
     return dict(sorted(errors.items(), key=lambda item: (item[1] ** 2).mean()))

@@ -6,7 +6,8 @@ Dimension, number of parts, their places and widths, the guidance and the parts 
 both processes, with 5 to 50 steps.  The figure of a cell is the mean over `POINTS` starting points of the RMS error to the
 exact probability flow, over that of ComfyUI's formulas; its 95 % interval is by bootstrap over the starting points, the
 same in both.  A mixture is a line of JSON in DIR, and a run takes up where the last one stopped.  With --guided only those
-with guidance and of dimension DIM are taken, the next ones from the seed on.
+with guidance and of dimension DIM are taken, the next ones from the seed on.  The table of another seed or of --guided has a
+file of its own.
 """
 from __future__ import annotations
 
@@ -43,8 +44,10 @@ def drawn(seed: int) -> Dict[str, object]:
 
 def chosen(seed: int, guided: Optional[int]) -> bool:
     """Whether a mixture is taken: with a dimension `guided` only those of it that have guidance."""
-    parts = drawn(seed) if guided else {}
-    return not guided or parts["guidance"] is not None and parts["means"].shape[1] == guided
+    if guided is None:
+        return True
+    parts = drawn(seed)
+    return parts["guidance"] is not None and parts["means"].shape[1] == guided
 
 
 def measure(seed: int) -> List[dict]:
@@ -120,8 +123,9 @@ def main(argv=None) -> None:
     text = table(rows, args.count)
     options = "".join(f" --{key} {value}" for key, value, usual in (("count", args.count, 16), ("seed", args.seed, 1),
                                                                     ("guided", args.guided, None)) if value != usual)
-    (args.out / "random_mixtures.md").write_text(f"    python -m benchmarks.random_mixtures{options}\n\n{text}",
-                                                 encoding="utf-8")
+    other = f"_guided_{args.guided}" if args.guided else f"_{args.seed}" if args.seed != 1 else ""
+    (args.out / f"random_mixtures{other}.md").write_text(f"    python -m benchmarks.random_mixtures{options}\n\n{text}",
+                                                         encoding="utf-8")
     print(text)
 
 

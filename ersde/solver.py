@@ -39,7 +39,7 @@ class Memory:
 
 class Numbers(NamedTuple):
     """The numbers of a step that multiply tensors of one number per picture, as tensors: in an operation a Python number
-    costs more than the operation itself.
+    costs more than the operation itself.  Of the dtype that the state is computed in, without dimensions but for `curve`.
 
     Attributes:
         x_scale: of the `Step`.
@@ -72,7 +72,7 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device) -> 
     for step in plan.steps:
         amend = step.amend
         level, usual, score = (0.0, 0.0, step.score[1] if step.score else 0.0) if amend is None else \
-            (amend.level, 1.0 / amend.usual, 1.0 / (amend.alpha * amend.level))
+            (amend.level, 1.0 / amend.usual, amend.factor)
         most = 2.0 + (1.0 - step.common) * (1.0 + step.ratio ** 2)
         rows += [step.x_scale, score, most, step.common, step.ratio, step.bend[0] if step.bend else 0.0, level, usual]
         if amend is not None:
@@ -247,7 +247,7 @@ def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tenso
         x, D, e of both, 1 / v of each picture, 0 where there is none, and for `_reached` the step's bend by v and whether
         there is one.
     """
-    change, factor = _like(changes[0], x), 1.0 / (amend.alpha * amend.level)
+    change = _like(changes[0], x)
     score = _score(_like(seen, x), denoised, amend.alpha, by.score)
     if amend.measure or known is None:
         along = torch.mul(score if before is None else score - before, change)
@@ -262,7 +262,7 @@ def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tenso
     for part, old in zip(bent, changes[1:]):
         found.addcmul_(_like(old, x), _like(part, x), value=-1.0)
     slope = sure / (inverse * by.level).add_(by.one)
-    score.addcmul_(found, by.one - slope, value=factor)
+    score.addcmul_(found, by.one - slope, value=amend.factor)
     if amend.limit is not None and amend.measure:
         slope = torch.minimum(slope, _mean_slope(amend.limit, amend.level, score, before))
         found.div_((1.0 - weight * slope.pow(3) / amend.alpha).clamp_(min=0.5))

@@ -354,6 +354,11 @@ class Amend:
     measure: bool = True
     limit: Optional[Limit] = None
 
+    @property
+    def factor(self) -> float:
+        """1 / (alpha lambda^2), of e = (x - alpha D) / (alpha lambda^2)."""
+        return 1.0 / (self.alpha * self.level)
+
 
 @dataclass(frozen=True)
 class Settle:

@@ -39,7 +39,8 @@ def test_only_guided_mixtures_of_a_dimension(tmp_path, monkeypatch, capsys):
     assert all(cell["dim"] == 2 and cell["guidance"] > 1 for row in rows for cell in row["cells"])
     taken = [int(row["key"].split()[0]) for row in rows]
     assert taken == [s for s in range(20, taken[-1] + 1) if drawn(s)["guidance"] and drawn(s)["means"].shape[1] == 2]
-    text = (tmp_path / "random_mixtures.md").read_text()
+    assert not (tmp_path / "random_mixtures.md").exists()       # the table of all
+    text = (tmp_path / "random_mixtures_guided_2.md").read_text()
     assert text.startswith("    python -m benchmarks.random_mixtures --count 2 --seed 20 --guided 2\n")
 
 
