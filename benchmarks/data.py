@@ -79,16 +79,27 @@ class Pictures:
     names: List[str]
 
     def __post_init__(self):
-        self._of = [torch.nonzero(self.labels == label)[:, 0] for label in range(len(CLASSES))]
-        self._mirrored = torch.tensor([name in MIRRORED for name in CLASSES])
+        device = self.labels.device
+        self._count = torch.bincount(self.labels, minlength=len(CLASSES))
+        self._first = self._count.cumsum(0) - self._count
+        self._of = self.labels.argsort(stable=True)         # places, one class after the other
+        self._mirrored = torch.tensor([name in MIRRORED for name in CLASSES], device=device)
+
+    def to(self, device) -> "Pictures":
+        """The same on a device."""
+        return Pictures(self.images.to(device), self.labels.to(device), self.names)
 
     def batch(self, count: int, generator: torch.Generator) -> Tuple[Tensor, Tensor]:
-        """`count` pictures, shape (count, 3, SIZE, SIZE), float32 in [-1, 1], and their labels, as the docstring says."""
-        label = torch.randint(len(CLASSES), (count,), generator=generator)
-        place = torch.rand(count, generator=generator)
-        pick = torch.stack([of[int(u * len(of))] for of, u in ((self._of[k], u) for k, u in zip(label, place))])
-        variant = torch.randint(self.images.shape[1], (count,), generator=generator)
-        flip = (torch.rand(count, generator=generator) < 0.5) & self._mirrored[label]
+        """`count` pictures, shape (count, 3, SIZE, SIZE), float32 in [-1, 1], and their labels, as the docstring says.
+
+        generator: on the pictures' device; another device draws other numbers.
+        """
+        on = {"generator": generator, "device": self.labels.device}
+        label = torch.randint(len(CLASSES), (count,), **on)
+        place = (torch.rand(count, **on) * self._count[label]).long().minimum(self._count[label] - 1)
+        pick = self._of[self._first[label] + place]
+        variant = torch.randint(self.images.shape[1], (count,), **on)
+        flip = (torch.rand(count, **on) < 0.5) & self._mirrored[label]
         x = self.images[pick, variant].float() / 127.5 - 1
         return torch.where(flip[:, None, None, None], x.flip(-1), x), label
 

@@ -171,8 +171,8 @@ class Cell:
 
 
 @functools.lru_cache(None)
-def _judge() -> classifier.Classifier:
-    return classifier.load_classifier()
+def _judge(device: str = "cpu") -> classifier.Classifier:
+    return classifier.load_classifier(device=device)
 
 
 def _file_digest(path: Path) -> str:
@@ -194,12 +194,12 @@ def key_of(cell: Cell, seeds: Sequence[int], device: str = "cpu") -> str:
 
 def block_row(cell: Cell, seeds: Sequence[int], device: str = "cpu") -> dict:
     """Samples one block; its line in the file: the features (float16, base64) and a digest of the pictures' bytes."""
-    pictures = cell.pictures(seeds, device).float().cpu()
+    pictures = cell.pictures(seeds, device).float()
     row = {"key": key_of(cell, seeds, device), "cell": cell.name, "seeds": [seeds[0], seeds[-1]]}
     if not pictures.isfinite().all():
         return {**row, "diverged": True}
-    shown = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
-    features = _judge().features(pictures).half()
+    shown = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    features = _judge(device).features(pictures).half().cpu()
     return {**row, "pictures": hashlib.sha256(shown.numpy().tobytes()).hexdigest(),
             "features": base64.b64encode(features.numpy().tobytes()).decode()}
 

@@ -10,6 +10,7 @@ states.  The cells of a problem are lines of JSON in DIR, and a run takes up whe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
@@ -30,12 +31,17 @@ SCHEDULES = {"ve": ("karras", "exponential"), "flow": ("shift 3",)}
 BASE = "comfyui ode"
 
 
+@functools.lru_cache(None)
+def _loaded(process: str, device: str):
+    return load_model(process, device).to(memory_format=torch.channels_last)
+
+
 class Network:
     """The guided network on rows: model(x of shape (count, pixels), sigma) -> D."""
 
     def __init__(self, process: str, guidance: float, labels: torch.Tensor, device: str = "cpu"):
         self.process, self.calls = process, 0
-        self.network = guided(load_model(process, device).to(memory_format=torch.channels_last), labels, guidance)
+        self.network = guided(_loaded(process, device), labels, guidance)
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:

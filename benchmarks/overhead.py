@@ -1,6 +1,6 @@
 """What a sampler costs outside the model: torch operations, device read-backs and time per step, ours beside k-diffusion's.
 
-    python -m benchmarks.overhead [--steps 20] [--shape 1 4 64 64] [--repeats 100] [--json FILE]
+    python -m benchmarks.overhead [--steps 20] [--shape 1 4 64 64] [--repeats 100] [--json FILE] [--device cuda [--busy MS]]
 
 The model and the noise return tensors made beforehand, so every operation counted is the sampler's own.  Operations are
 the outermost aten calls that the torch profiler sees in a whole run, over its steps; a read-back is a call that brings a
@@ -10,6 +10,11 @@ in turns, with the 95 % interval of the median by bootstrap; the ratios are what
 Every repeat is two runs over a schedule that no repeat before had: the first makes what depends on the schedule, the second,
 as the next picture's, finds it made.  Set-up, until the first model call, is given of both, all else of the second.  The
 whole run is everything outside the model, set-up included, over the steps.
+
+On a GPU a run ends when the device has done all of it, and the table has the device memory that a sampler needs at most,
+in tensors of x's size, D and z among them, where the model and the noise make theirs anew at every call.  With --busy the
+model keeps the device busy for MS milliseconds a call, as a real one does, and the time of a step is what it takes beyond
+that: what a picture waits for its sampler.
 
 With a ComfyUI's folder in COMFYUI_PATH its own `sample_er_sde` is a row too; that wants the Python that runs it.
 """
@@ -33,9 +38,15 @@ READ_BACKS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "at
 
 
 class Canned:
-    """A model that does nothing: it returns tensors made beforehand, one after the other."""
+    """A model that does nothing: it returns tensors made beforehand, one after the other.
 
-    def __init__(self, x: torch.Tensor, steps: int):
+    Args:
+        busy: clock cycles of the GPU that a call takes.
+        fresh: copies of the tensors, for the memory.
+    """
+
+    def __init__(self, x: torch.Tensor, steps: int, busy: int = 0, fresh: bool = False):
+        self.busy, self.fresh = busy, fresh
         self.out = [torch.randn_like(x) for _ in range(2 * steps + 2)]
         self.noise = [torch.randn_like(x) for _ in range(2 * steps + 2)]
         # What ComfyUI's samplers ask a model for; a model_sampling that is none of its classes is ve.
@@ -50,18 +61,23 @@ class Canned:
         if not self.at:
             self.first = time.perf_counter()
         self.at += 1
-        return self.out[self.at - 1]
+        if self.busy:
+            torch.cuda._sleep(self.busy)
+        return self._given(self.out[self.at - 1])
 
     def draw(self, sigma, sigma_next):
         self.drawn += 1
-        return self.noise[self.drawn - 1]
+        return self._given(self.noise[self.drawn - 1])
+
+    def _given(self, value):
+        return value.clone() if self.fresh else value
 
 
-def _comfyui(folder: str) -> Callable:
+def _comfyui(folder: str, device: str) -> Callable:
     """The host's own function, from its folder."""
     arguments, path = sys.argv, list(sys.path)
     sys.path.insert(0, folder)
-    sys.argv = [*arguments[:1], "--cpu"]        # it reads its command line when imported
+    sys.argv = [*arguments[:1], *(["--cpu"] if device == "cpu" else [])]        # it reads its command line when imported
     try:
         import comfy.options
         comfy.options.enable_args_parsing()
@@ -71,7 +87,7 @@ def _comfyui(folder: str) -> Callable:
     return lambda model, x, sigmas, noise: sample_er_sde(model, x, sigmas, disable=True, noise_sampler=noise)
 
 
-def samplers() -> Dict[str, Callable]:
+def samplers(device: str = "cpu") -> Dict[str, Callable]:
     """Name -> function(model, x, sigmas, noise_sampler): ours by method, and the peers that are installed."""
     def ours(**kw):
         return lambda model, x, sigmas, noise: ersde.sample_er_sde(model, x, sigmas, disable=True, process="ve",
@@ -80,7 +96,7 @@ def samplers() -> Dict[str, Callable]:
     found = {"ersde exact": ours(), "ersde exact, ODE": ours(eta=0.0), "ersde exact, no corrector": ours(corrector=False),
              "ersde exact, order 5": ours(order=5), "ersde comfyui": ours(method="comfyui")}
     if os.environ.get("COMFYUI_PATH"):
-        found["ComfyUI er_sde"] = _comfyui(os.environ["COMFYUI_PATH"])
+        found["ComfyUI er_sde"] = _comfyui(os.environ["COMFYUI_PATH"], device)
     try:
         from k_diffusion import sampling
     except ImportError:
@@ -109,28 +125,60 @@ def count(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tens
 
 
 def timed(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tensor) -> Tuple[float, float]:
-    """Seconds of one run before the first model call and after it."""
+    """Seconds of one run before the first model call and after it, until the device has done its work."""
+    wait = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     model.reset()
+    wait()
     start = time.perf_counter()
     function(model, x, sigmas, model.draw)
+    wait()
     return model.first - start, time.perf_counter() - model.first
 
 
-def measure(steps: int = 20, shape=(1, 4, 64, 64), repeats: int = 100) -> Dict[str, Dict[str, float]]:
+def memory(function: Callable, x: torch.Tensor, sigmas: torch.Tensor) -> float:
+    """The most GPU memory that a run takes beyond x, D and z among it, in tensors of x's size."""
+    model = Canned(x, len(sigmas) - 1, fresh=True)
+    function(model, x, sigmas, model.draw)
+    model.reset()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function(model, x, sigmas, model.draw)
+    return (torch.cuda.max_memory_allocated() - before) / (x.numel() * x.element_size())
+
+
+def cycles(milliseconds: float) -> int:
+    """So many of the GPU's clock cycles."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):                  # the first time it has its clock to raise
+        start.record()
+        torch.cuda._sleep(50_000_000)
+        end.record()
+        end.synchronize()
+    return int(50_000_000 / start.elapsed_time(end) * milliseconds)
+
+
+def measure(steps: int = 20, shape=(1, 4, 64, 64), repeats: int = 100, device: str = "cpu",
+            busy: float = 0.0) -> Dict[str, Dict[str, float]]:
     """Operations, read-backs and times of every sampler, in one run, turn by turn; the ratios are to the first."""
-    x = torch.randn(shape)
-    sigmas = torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)])
-    model = Canned(x, steps)
-    found = samplers()
+    x = torch.randn(shape, device=device)
+    sigmas = torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)]).to(device)
+    model = Canned(x, steps, cycles(busy) if busy else 0)
+    found = samplers(device)
     rows = {}
     for name, function in found.items():
         timed(function, model, x, sigmas)
         rows[name] = count(function, model, x, sigmas)
+        if x.is_cuda:
+            rows[name]["memory"] = memory(function, x, sigmas)
     times = {name: [] for name in found}
     for i in range(1, repeats + 1):
         new = sigmas * (1.0 + 1e-5 * i)
+        # The model's own time: calls alone, no sampler.
+        alone = timed(lambda model, x, sigmas, noise: [model(x, sigma) for sigma in sigmas[:-1]],
+                      model, x, new)[1] if busy else 0.0
         for name, function in found.items():
             (first, _), (again, after) = (timed(function, model, x, new) for _ in range(2))
+            after -= alone
             times[name].append((first * 1e3, again * 1e3, after / steps * 1e6, (again + after) / steps * 1e6))
     rng = np.random.default_rng(0)
     for name, row in rows.items():
@@ -154,22 +202,32 @@ def main(argv=None) -> None:
     parser.add_argument("--shape", type=int, nargs="+", default=[1, 4, 64, 64])
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--busy", type=float, default=0.0, metavar="MS", help="of the model's call, on a GPU")
     args = parser.parse_args(argv)
+    gpu = args.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if args.busy < 0 or args.busy and not gpu:
+        parser.error("--busy is a time above 0, and for --device cuda alone")
     torch.set_num_threads(1)
-    rows = measure(args.steps, args.shape, args.repeats)
-    print(f"{args.steps} steps, x of shape {tuple(args.shape)}, float32, CPU, 1 thread, torch {torch.__version__}, "
-          f"{args.repeats} repeats in turns\n")
+    rows = measure(args.steps, args.shape, args.repeats, args.device, args.busy)
+    where = torch.cuda.get_device_name() if gpu else "CPU, 1 thread"
+    print(f"{args.steps} steps, x of shape {tuple(args.shape)}, float32, {where}, torch {torch.__version__}, "
+          f"{args.repeats} repeats in turns" + (f", a model of {args.busy:g} ms, which the times are without" if args.busy
+                                               else "") + "\n")
     print("| sampler | operations per step | read-backs per step | set-up, ms: new schedule | the same again | "
-          "microseconds per step after it (95 %) | ratio | whole run, microseconds per step (95 %) | ratio |\n"
-          "|---|---|---|---|---|---|---|---|---|")
+          "microseconds per step after it (95 %) | ratio | whole run, microseconds per step (95 %) | ratio |"
+          + (" memory, in tensors |" if gpu else "") + "\n" + "|---" * (10 if gpu else 9) + "|")
     for name, row in rows.items():
         step, whole = ("{microseconds:.0f} ({low:.0f} to {high:.0f})".format(**row[key]) for key in ("step", "whole"))
         print(f"| {name} | {row['operations']:.1f} | {row['read_backs']:.2f} | {row['new_setup_ms']:.2f} | "
-              f"{row['setup_ms']:.2f} | {step} | {row['ratio']:.2f} | {whole} | {row['whole_ratio']:.2f} |")
+              f"{row['setup_ms']:.2f} | {step} | {row['ratio']:.2f} | {whole} | {row['whole_ratio']:.2f} |"
+              + (f" {row['memory']:.1f} |" if gpu else ""))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"steps": args.steps, "shape": args.shape, "repeats": args.repeats, "torch": torch.__version__,
-                       "rows": rows}, file, indent=1)
+                       "device": where, "busy": args.busy, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

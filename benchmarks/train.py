@@ -26,7 +26,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -39,6 +39,7 @@ from ersde.demo.network import (
     SIZE,
     WEIGHTS,
     Denoiser,
+    Network,
     guided,
     load_model,
     save_model,
@@ -100,26 +101,40 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonal(matrix: Tensor) -> Tensor:
-        """The orthogonal polar factor of `matrix`, roughly: singular values between about 0.7 and 1.2."""
-        wide = matrix.shape[0] <= matrix.shape[1]
-        x = matrix if wide else matrix.T
-        x = x / (x.norm() + 1e-7)
+        """The orthogonal polar factor of each matrix, roughly: singular values between about 0.7 and 1.2.
+
+        matrix: shape (..., rows, columns).
+        """
+        wide = matrix.shape[-2] <= matrix.shape[-1]
+        x = matrix if wide else matrix.mT
+        x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
         for _ in range(5):
-            square = x @ x.T
+            square = x @ x.mT
             x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-        return x if wide else x.T
+        return x if wide else x.mT
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for value in group["params"]:
-                state = self.state[value]
-                if not state:
-                    state["mean"] = torch.zeros_like(value)
-                state["mean"].lerp_(value.grad, 1 - group["momentum"])
-                step = self.orthogonal(value.grad.lerp(state["mean"], group["momentum"]).reshape(len(value), -1))
-                step = step * max(1.0, step.shape[0] / step.shape[1]) ** 0.5
-                value.mul_(1 - group["decay"] * group["lr"]).add_(step.reshape(value.shape), alpha=-group["lr"])
+            values = group["params"]
+            for value in values:
+                if not self.state[value]:
+                    self.state[value]["mean"] = torch.zeros_like(value)
+            means, grads = [self.state[value]["mean"] for value in values], [value.grad for value in values]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, means, group["momentum"])
+            # Matrices of one shape as one: a GPU waits for the number of operations here, not for their size.
+            alike: Dict[Tuple[int, int], List[int]] = {}
+            for i, value in enumerate(values):
+                alike.setdefault((len(value), value[0].numel()), []).append(i)
+            steps: List[Optional[Tensor]] = [None] * len(values)
+            for (rows, columns), places in alike.items():
+                found = self.orthogonal(torch.stack([ahead[i].reshape(rows, columns) for i in places]))
+                found = found * (max(1.0, rows / columns) ** 0.5)
+                for i, one in zip(places, found):
+                    steps[i] = one.reshape(values[i].shape)
+            torch._foreach_mul_(values, 1 - group["decay"] * group["lr"])
+            torch._foreach_add_(values, steps, alpha=-group["lr"])
 
 
 def optimizers(model: Denoiser, rate: float) -> list:
@@ -131,8 +146,9 @@ def optimizers(model: Denoiser, rate: float) -> list:
 
 
 def levels(process: str, count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels to train at, shape (count,), float32."""
-    z, u, v = torch.randn(count, generator=generator), *torch.rand(2, count, generator=generator)
+    """Noise levels to train at, shape (count,), float32, on the generator's device."""
+    on = {"generator": generator, "device": generator.device}
+    z, u, v = torch.randn(count, **on), *torch.rand(2, count, **on)
     anywhere = SIGMA_DATA * (LIMIT * (2 * u - 1)).exp()         # lambda, evenly over the range of c
     if process == "flow":
         return torch.where(v < 1 / 16, anywhere / (1 + anywhere), (1.2 * z).sigmoid())
@@ -248,7 +264,7 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     steps = options.flow_steps if process == "flow" else options.steps
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
-    model = Denoiser(process).to(device).to(memory_format=torch.channels_last)
+    model = Denoiser(process, Network(dropout=options.dropout)).to(device).to(memory_format=torch.channels_last)
     if start is not None:
         if not start.is_file():
             raise data.DataError(f"flow starts from ve, and there is no {start}: train ve first, or --flow-from nothing")
@@ -260,11 +276,11 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     rate = options.rate / 2 if start is not None else options.rate
     both = optimizers(model, rate)
     peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator(device).manual_seed(options.seed)
     done, spent, mean_loss = 0, 0.0, None
-    state = WORK / f"{process}_state.safetensors"
+    state = options.work / f"{process}_state.safetensors"
     setting = {"process": process, "steps": steps, "batch": options.batch, "rate": rate, "seed": options.seed,
-               "start": "the weights of ve" if start else "random weights"}
+               "dropout": options.dropout, "device": device.type, "start": "the weights of ve" if start else "random weights"}
     if state.is_file() and not options.fresh:
         held = load_state(state)
         if held["setting"] != setting:
@@ -274,8 +290,8 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
         for optimizer, its in zip(both, held["optimizers"]):
             optimizer.load_state_dict(its)
         generator.set_state(held["generator"])
-        done, spent, mean_loss = held["done"], held["seconds"], held["loss"]
-    pictures = data.load("train")
+        done, spent, mean_loss = held["done"], held["seconds"], held["loss"].to(device)
+    pictures = data.load("train").to(device)
     begin = time.monotonic() - spent
 
     def keep() -> None:
@@ -284,20 +300,21 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
         save_state({"setting": setting, "model": model.network.state_dict(), "ema": ema.network.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in both],
                     "generator": generator.get_state(), "done": done, "seconds": spent, "loss": mean_loss}, state)
-        save_model(ema, WORK / f"{process}_latest.safetensors", steps=str(done))
-        preview(ema, WORK / f"{process}_{done:06d}.png")
+        save_model(ema, options.work / f"{process}_latest.safetensors", steps=str(done))
+        preview(ema, options.work / f"{process}_{done:06d}.png")
 
     with tqdm(total=steps, initial=done, desc=process, unit="step", mininterval=2) as bar:
         while done < steps:
             x0, labels = pictures.batch(options.batch, generator)
-            labels = torch.where(torch.rand(options.batch, generator=generator) < 1 / 7, NULL, labels)
+            labels = torch.where(torch.rand(options.batch, generator=generator, device=device) < 1 / 7, NULL, labels)
             sigma = levels(process, options.batch, generator)
-            noise = torch.randn(x0.shape, generator=generator)
+            noise = torch.randn(x0.shape, generator=generator, device=device)
+            if options.dropout:         # what it leaves out depends on the step alone, so that a stop changes nothing
+                torch.manual_seed((options.seed << 32) + done)
             now = min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / steps))
             for peak, group in zip(peaks, (group for optimizer in both for group in optimizer.param_groups)):
                 group["lr"] = peak * now
-            loss = loss_of(model, x0.to(device, memory_format=torch.channels_last), labels.to(device), sigma.to(device),
-                           noise.to(device)).mean()
+            loss = loss_of(model, x0.to(memory_format=torch.channels_last), labels, sigma, noise).mean()
             model.zero_grad()
             loss.backward()
             for optimizer in both:
@@ -306,34 +323,35 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
             decay = min(0.999, (1 + done) / (10 + done))
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
+            # Stays on the device: to read it at every step would be to wait for every step.
+            mean_loss = loss.detach() if mean_loss is None else mean_loss.lerp(loss.detach(), 0.01)
             bar.update()
-            if done % 20 == 0:
-                bar.set_postfix_str(f"loss {mean_loss:.4f}")
+            if done % 50 == 0:
+                bar.set_postfix_str(f"loss {mean_loss.item():.4f}")
             if done % options.every == 0 or done == steps:
                 keep()
 
-    path = WEIGHTS / f"{process}.safetensors"
+    path = options.weights / f"{process}.safetensors"
     save_model(ema, path, steps=str(steps), data=f"Noto Color Emoji ({data.PACKAGE} {data.VERSION}), Apache-2.0")
     told = load_model(path, device)             # what is told is of the file, rounded to float16
-    some = torch.randperm(len(pictures.labels), generator=torch.Generator().manual_seed(0))[:512]
-    held_out = data.load("held")
+    seen, held_out = data.load("train"), data.load("held")
+    some = torch.randperm(len(seen.labels), generator=torch.Generator().manual_seed(0))[:512]
     cores = "one CPU core" if options.threads == 1 else f"{options.threads} CPU cores"
     record = {**setting, "seconds": round(spent), "machine": cores if device.type == "cpu" else "one GPU",
-              "loss": round(mean_loss, 4), "parameters": sum(value.numel() for value in model.parameters()),
+              "loss": round(mean_loss.item(), 4), "parameters": sum(value.numel() for value in model.parameters()),
               "bytes": path.stat().st_size, "torch": torch.__version__.split("+")[0],
-              "train": errors(told, pictures.plain()[some], pictures.labels[some]),
+              "train": errors(told, seen.plain()[some], seen.labels[some]),
               "held": errors(told, held_out.plain(), held_out.labels)}
     # Beside the weights, so that a card can be written of two models that were not trained in one run.
-    (WEIGHTS / f"{process}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.weights / f"{process}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
-def card() -> None:
-    """Write weights/README.md from the records of what lies there."""
+def card(weights: Path) -> None:
+    """Write the folder's README.md from the records of what lies there."""
     rows, tables = [], []
     for process in PROCESSES:
-        file = WEIGHTS / f"{process}.json"
+        file = weights / f"{process}.json"
         if not file.is_file():
             continue
         one = json.loads(file.read_text(encoding="utf-8"))
@@ -344,9 +362,9 @@ def card() -> None:
                    for sigma in one["train"]]
     text = CARD.format(rows="\n".join(rows), tables="\n".join(tables), package=data.PACKAGE, version=data.VERSION,
                        classes=", ".join(CLASSES), scale=SIGMA_DATA)
-    part = WEIGHTS / "README.md.part"
+    part = weights / "README.md.part"
     part.write_text(text, encoding="utf-8")
-    os.replace(part, WEIGHTS / "README.md")
+    os.replace(part, weights / "README.md")
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -358,19 +376,22 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.012,
                         help="peak learning rate of Muon, 0.3 of it of AdamW; half of it where flow starts from ve")
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the state and the previews")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the finished weights and their card")
     parser.add_argument("--every", type=int, default=400, help="steps between two states on disk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU; small tensors gain little from more")
     parser.add_argument("--fresh", action="store_true", help="start over, even where build/train holds a state")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    WORK.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     try:
         for process in options.models:
             from_ve = process == "flow" and options.flow_from == "ve"
-            train(process, options, WORK / "ve_state.safetensors" if from_ve else None)
-            card()
+            train(process, options, options.work / "ve_state.safetensors" if from_ve else None)
+            card(options.weights)
     except data.DataError as error:
         print(f"benchmarks.train: {error}", file=sys.stderr)
         return 2

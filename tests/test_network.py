@@ -243,7 +243,7 @@ def few_pictures(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load", lambda split="train": few)
     monkeypatch.setattr(train, "WORK", tmp_path / "work")
     monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
-    monkeypatch.setattr(train, "Denoiser", lambda process: Denoiser(process, Network(**SMALL)))
+    monkeypatch.setattr(train, "Denoiser", lambda process, whole: Denoiser(process, Network(**SMALL, dropout=whole.middle.dropout)))
     monkeypatch.setattr(train, "preview", lambda model, path: None)
     return tmp_path
 
@@ -251,7 +251,9 @@ def few_pictures(monkeypatch, tmp_path):
 COMMAND = ["--steps", "4", "--flow-steps", "2", "--batch", "4", "--every", "1", "--device", "cpu"]
 
 
-def test_training_stops_and_goes_on_as_if_it_had_not(few_pictures, monkeypatch, capsys):
+@pytest.mark.parametrize("dropout", ["0", "0.2"])
+def test_training_stops_and_goes_on_as_if_it_had_not(few_pictures, monkeypatch, capsys, dropout):
+    COMMAND = [*globals()["COMMAND"], "--dropout", dropout]
     assert train.main(COMMAND) == 0
     whole = {path.name: path.read_bytes() for path in (few_pictures / "weights").glob("*.safetensors")}
     assert sorted(whole) == ["flow.safetensors", "ve.safetensors"]

@@ -59,10 +59,12 @@ class Block(nn.Module):
     Args:
         inside, out: channels.
         condition: width of the condition.
+        dropout: the share of the second convolution's inputs that is left out, in training alone.
     """
 
-    def __init__(self, inside: int, out: int, condition: int):
+    def __init__(self, inside: int, out: int, condition: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = dropout
         self.norm1 = nn.GroupNorm(8, inside)
         self.conv1 = nn.Conv2d(inside, out, 3, padding=1)
         self.affine = nn.Linear(condition, 2 * out)
@@ -74,8 +76,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(_scaled(self.norm2(h), self.affine(condition))))
-        return self.skip(x) + h
+        h = F.silu(_scaled(self.norm2(h), self.affine(condition)))
+        if self.training and self.dropout:
+            h = F.dropout(h, self.dropout)
+        return self.skip(x) + self.conv2(h)
 
 
 class Attention(nn.Module):
@@ -103,9 +107,10 @@ class Network(nn.Module):
     Args:
         channels: at 16x16, 8x8 and 4x4: multiples of 16, the second one of 32.
         blocks: at each of them, on the way down and on the way up.
+        dropout: of a training, see `Block`.
     """
 
-    def __init__(self, channels: Sequence[int] = (48, 64, 128), blocks: int = 1):
+    def __init__(self, channels: Sequence[int] = (48, 64, 128), blocks: int = 1, dropout: float = 0.0):
         super().__init__()
         self.channels, self.blocks = tuple(channels), blocks
         width = 2 * channels[1]
@@ -119,15 +124,15 @@ class Network(nn.Module):
                 self.down.append(nn.Conv2d(at, out, 3, stride=2, padding=1))
                 at = out
             for _ in range(blocks):
-                self.down.append(Block(at, out, width))
+                self.down.append(Block(at, out, width, dropout))
                 if level == 1:
                     self.down.append(Attention(out))
                 skips.append(out)
                 at = out
-        self.middle = Block(at, at, width)
+        self.middle = Block(at, at, width, dropout)
         for level, out in reversed(list(enumerate(channels))):
             for _ in range(blocks):
-                self.up.append(Block(at + skips.pop(), out, width))
+                self.up.append(Block(at + skips.pop(), out, width, dropout))
                 if level == 1:
                     self.up.append(Attention(out))
                 at = out

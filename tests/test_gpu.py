@@ -1,0 +1,108 @@
+"""The sampler on a GPU: the CPU's pictures, no wait for the device between the model's calls, little memory."""
+import pytest
+import torch
+
+import ersde
+from benchmarks import overhead
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: the sampler on a GPU was not tested")
+SHAPE = (2, 4, 32, 32)
+
+
+def schedule(process, steps):
+    if process == "ve":
+        return torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)])
+    time = torch.linspace(1, 0, steps + 1)
+    return 3 * time / (1 + 2 * time)
+
+
+class Gaussian:
+    """D for data of two deviations, and a little that is not linear."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def __call__(self, x, sigma, **_):
+        sigma = sigma.reshape(-1, 1, 1, 1).to(x.dtype)
+        alpha = 1 - sigma if self.process == "flow" else torch.ones_like(sigma)
+        variance = torch.tensor([1.0, 0.05], device=x.device, dtype=x.dtype).reshape(1, 1, 1, 2).repeat(1, 1, 1, x.shape[-1] // 2)
+        return alpha * variance / (alpha ** 2 * variance + sigma ** 2) * x + 0.05 * (x / (alpha ** 2 + sigma ** 2).sqrt()).tanh()
+
+
+def run(device, process, steps, dtype=torch.float32, seed=7, **kw):
+    sigmas = schedule(process, steps)
+    x = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * sigmas[0]).to(device, dtype)
+    return ersde.sample_er_sde(Gaussian(process), x, sigmas.to(device), extra_args={"seed": seed}, process=process,
+                               disable=True, **kw)
+
+
+WAYS = [{"eta": 0.0}, {}, {"order": 1}, {"order": 5}, {"corrector": False}, {"noise_scale": "sde"}, {"method": "paper"},
+        {"method": "comfyui"}]
+
+
+@pytest.mark.parametrize("kw", WAYS, ids=str)
+@pytest.mark.parametrize("process", ["ve", "flow"])
+@pytest.mark.parametrize("steps", [6, 20, 50])
+def test_the_picture_is_the_cpu_s(process, steps, kw):
+    torch.testing.assert_close(run("cuda", process, steps, **kw).cpu(), run("cpu", process, steps, **kw), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("steps", [6, 20])
+def test_half_precision(steps, dtype):
+    out = run("cuda", "ve", steps, dtype, eta=0.0)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), run("cuda", "ve", steps, eta=0.0), rtol=0.05, atol=0.05)
+
+
+def test_float64_has_the_cpu_s_numbers():
+    out = run("cuda", "ve", 10, torch.float64)
+    torch.testing.assert_close(out.cpu(), run("cpu", "ve", 10, torch.float64), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("own_noise", [False, True], ids=["given noise", "own noise"])
+@pytest.mark.parametrize("kw", WAYS, ids=str)
+@pytest.mark.parametrize("steps", [6, 20])
+def test_nothing_waits_for_the_device(steps, kw, own_noise):
+    """From the first model call to the last one: every operation is queued, none is waited for."""
+    model, calls = Gaussian("ve"), []
+    sigmas, x = schedule("ve", steps).cuda(), torch.randn(SHAPE, device="cuda")
+    noise = torch.randn(SHAPE, device="cuda")
+    kw = {**kw, "extra_args": {"seed": 3}} if own_noise else {**kw, "noise_sampler": lambda *_: noise}
+
+    def watched(x, sigma, **extra):
+        calls.append(1)
+        torch.cuda.set_sync_debug_mode("default")
+        out = model(x, sigma)               # its own constants come from the CPU
+        if len(calls) < steps:
+            torch.cuda.set_sync_debug_mode("error")
+        return out
+
+    watched.process = "ve"
+    ersde.sample_er_sde(watched, x, sigmas, process="ve", disable=True, **kw)       # what is made once, is made
+    calls.clear()
+    try:
+        ersde.sample_er_sde(watched, x, sigmas, process="ve", disable=True, **kw)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == steps
+
+
+@pytest.mark.parametrize("order", [1, 3, 5])
+@pytest.mark.parametrize("steps", [8, 40])
+def test_memory(order, steps):
+    """At most x, the noise, the history and one tensor more; the history is what the order takes and what corrects it."""
+    x, sigmas = torch.randn(1, 4, 256, 256, device="cuda"), schedule("ve", steps).cuda()
+    took = overhead.memory(lambda model, x, sigmas, noise: ersde.sample_er_sde(
+        model, x, sigmas, disable=True, process="ve", order=order, noise_sampler=noise), x, sigmas)
+    assert took <= 1 + 1 + (order + 2) + 1 + 0.1
+
+
+def test_the_evaluation_s_network_and_judge():
+    pytest.importorskip("k_diffusion")
+    from benchmarks import evaluate
+    cell, = evaluate.plan(["ve"], [4.0], [6], "^ours sde_5$")
+    there, again, here = (evaluate.block_row(cell, range(8), device) for device in ("cuda", "cuda", "cpu"))
+    assert there["pictures"] == again["pictures"] and there["key"] != here["key"]
+    apart = evaluate.features_of(there).astype(float) - evaluate.features_of(here)
+    assert abs(apart).max() < 0.2 and abs(apart).mean() < 0.02
