@@ -701,7 +701,7 @@ def main(argv=None) -> int:
         # A process may have to wait long for the others at the end.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     cells = plan(args.process, args.guidance, args.calls, args.filter)
     seeds = blocks(args.count, args.block)
     items = [(cell, some) for some in seeds for cell in cells]

@@ -134,15 +134,21 @@ class Muon(torch.optim.Optimizer):
                 for i, one in zip(places, found):
                     steps[i] = one.reshape(values[i].shape)
             torch._foreach_mul_(values, 1 - group["decay"] * group["lr"])
-            torch._foreach_add_(values, steps, alpha=-group["lr"])
+            torch._foreach_add_(values, torch._foreach_mul(steps, -group["lr"]))
 
 
 def optimizers(model: Denoiser, rate: float) -> list:
-    """Muon for what is inside, AdamW for the first and last layer, the labels, norms and biases."""
+    """Muon for what is inside, AdamW for the first and last layer, the labels, norms and biases.
+
+    Their rates are tensors on the model's device, so that a recorded step (see `Step`) can have another one each time.
+    """
     inside, rest = [], []
     for name, value in model.network.named_parameters():
         (rest if value.ndim < 2 or name.split(".")[0] in ("first", "last", "label") else inside).append(value)
-    return [Muon(inside, rate), torch.optim.AdamW(rest, lr=0.3 * rate, betas=(0.9, 0.99), weight_decay=0.0)]
+    device = _device(model)
+    rates = [torch.tensor(value, device=device) for value in (rate, 0.3 * rate)]
+    return [Muon(inside, rates[0]), torch.optim.AdamW(rest, lr=rates[1], betas=(0.9, 0.99), weight_decay=0.0,
+                                                      capturable=device.type == "cuda")]
 
 
 def levels(process: str, count: int, generator: torch.Generator) -> Tensor:
@@ -257,6 +263,69 @@ def load_state(path: Path) -> dict:
         return _with_tensors(json.loads(file.metadata()["state"]), {name: file.get_tensor(name) for name in file.keys()})
 
 
+class Step:
+    """One step of training: a batch is drawn, the weights and their moving average move.
+
+    It is two thousand small operations, which Python starts more slowly than a GPU does them.  So on a GPU the fourth
+    step is recorded as a CUDA graph, and that one and all after it play the record.
+
+    Args:
+        rate: the factor of the optimizers' rates, and keep: that of the average before, both set before each call.
+    """
+
+    RECORD = 3          # steps that are made before, so that all that is made once is there
+
+    def __init__(self, model: Denoiser, ema: Denoiser, pictures: data.Pictures, both: list, batch: int,
+                 generator: torch.Generator, record: bool = True):
+        self.model, self.ema, self.pictures, self.both = model, ema, pictures, both
+        self.batch, self.generator, self.device = batch, generator, _device(model)
+        self.peaks = [[group["lr"].clone() for group in optimizer.param_groups] for optimizer in both]
+        self.rate, self.keep, self.loss = (torch.zeros((), device=self.device) for _ in range(3))
+        self.seen, self.graph = 0, None
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" and record else None
+
+    def __call__(self, rate: float, keep: float) -> Tensor:
+        """The loss, which the next call writes over."""
+        self.rate.fill_(rate)
+        self.keep.fill_(keep)
+        if self.stream is None:
+            self._make()
+            return self.loss
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_stream(torch.cuda.default_stream())
+            if self.seen < self.RECORD:
+                self._make()
+            else:
+                if self.graph is None:
+                    self.graph = torch.cuda.CUDAGraph()
+                    self.graph.register_generator_state(self.generator)
+                    with torch.cuda.graph(self.graph, stream=self.stream):
+                        self._make()
+                self.graph.replay()
+        torch.cuda.default_stream().wait_stream(self.stream)
+        self.seen += 1
+        return self.loss
+
+    def _make(self) -> None:
+        model, generator, on = self.model, self.generator, {"generator": self.generator, "device": self.device}
+        x0, labels = self.pictures.batch(self.batch, generator)
+        labels = torch.where(torch.rand(self.batch, **on) < 1 / 7, NULL, labels)
+        sigma = levels(model.process, self.batch, generator)
+        noise = torch.randn(x0.shape, **on)
+        model.zero_grad()
+        loss = loss_of(model, x0.to(memory_format=torch.channels_last), labels, sigma, noise).mean()
+        loss.backward()
+        for optimizer, peaks in zip(self.both, self.peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                torch.mul(peak, self.rate, out=group["lr"])
+            optimizer.step()
+        with torch.no_grad():
+            average = list(self.ema.parameters())
+            torch._foreach_mul_(average, self.keep)
+            torch._foreach_add_(average, torch._foreach_mul(list(model.parameters()), 1 - self.keep))
+            self.loss.copy_(loss)
+
+
 def train(process: str, options: argparse.Namespace, start: Optional[Path] = None) -> dict:
     """Train one process, or take up its training; returns its record for the model card."""
     from tqdm import tqdm
@@ -275,7 +344,6 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     rate = options.rate / 2 if start is not None else options.rate
     both = optimizers(model, rate)
-    peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
     generator = torch.Generator(device).manual_seed(options.seed)
     done, spent, mean_loss = 0, 0.0, None
     state = options.work / f"{process}_state.safetensors"
@@ -287,11 +355,15 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
             raise data.DataError(f"{state} is of another training ({held['setting']}): --fresh starts over")
         model.network.load_state_dict(held["model"])
         ema.network.load_state_dict(held["ema"])
-        for optimizer, its in zip(both, held["optimizers"]):
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
+        for optimizer, its, own in zip(both, held["optimizers"], rates):
             optimizer.load_state_dict(its)
+            for group, lr in zip(optimizer.param_groups, own):
+                group["lr"] = lr
         generator.set_state(held["generator"])
         done, spent, mean_loss = held["done"], held["seconds"], held["loss"].to(device)
     pictures = data.load("train").to(device)
+    step = Step(model, ema, pictures, both, options.batch, generator, not options.eager)
     begin = time.monotonic() - spent
 
     def keep() -> None:
@@ -305,26 +377,13 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
 
     with tqdm(total=steps, initial=done, desc=process, unit="step", mininterval=2) as bar:
         while done < steps:
-            x0, labels = pictures.batch(options.batch, generator)
-            labels = torch.where(torch.rand(options.batch, generator=generator, device=device) < 1 / 7, NULL, labels)
-            sigma = levels(process, options.batch, generator)
-            noise = torch.randn(x0.shape, generator=generator, device=device)
             if options.dropout:         # what it leaves out depends on the step alone, so that a stop changes nothing
                 torch.manual_seed((options.seed << 32) + done)
             now = min((done + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done / steps))
-            for peak, group in zip(peaks, (group for optimizer in both for group in optimizer.param_groups)):
-                group["lr"] = peak * now
-            loss = loss_of(model, x0.to(memory_format=torch.channels_last), labels, sigma, noise).mean()
-            model.zero_grad()
-            loss.backward()
-            for optimizer in both:
-                optimizer.step()
+            loss = step(now, min(0.999, (2 + done) / (11 + done)))
             done += 1
-            decay = min(0.999, (1 + done) / (10 + done))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             # Stays on the device: to read it at every step would be to wait for every step.
-            mean_loss = loss.detach() if mean_loss is None else mean_loss.lerp(loss.detach(), 0.01)
+            mean_loss = loss.clone() if mean_loss is None else mean_loss.lerp(loss, 0.01)
             bar.update()
             if done % 50 == 0:
                 bar.set_postfix_str(f"loss {mean_loss.item():.4f}")
@@ -382,6 +441,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the finished weights and their card")
     parser.add_argument("--every", type=int, default=400, help="steps between two states on disk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: start each operation anew, record no CUDA graph")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU; small tensors gain little from more")
     parser.add_argument("--fresh", action="store_true", help="start over, even where build/train holds a state")
     options = parser.parse_args(arguments)

@@ -151,9 +151,18 @@ def box_muller(first: Tensor, second: Tensor) -> Tuple[Tensor, Tensor]:
     return radius * cos * (1 - ((quarter + 1) & 2)), radius * sin * (1 - (quarter & 2))
 
 
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device.
+
+    A copy to a GPU from memory that may be paged out waits for all that the GPU was given before: the model.
+    """
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def _words(values: Sequence[int], device: torch.device, axes: int) -> Tensor:
     """The values modulo 2^32 as an int64 tensor with `axes` more axes of length 1."""
-    return torch.tensor([v & _WORD for v in values], dtype=torch.int64, device=device).reshape(-1, *[1] * axes)
+    words = torch.tensor([v & _WORD for v in values], dtype=torch.int64, device="cpu")
+    return _sent(words, device).reshape(-1, *[1] * axes)
 
 
 def normals(seeds: Sequence[int], images: Sequence[int], steps: Sequence[int], stream: int, start: int, count: int,
@@ -239,7 +248,7 @@ class SeededNoise(Noise):
         noise = np.empty((len(self.seeds), self.shape[1:].numel()), dtype=np.float32)
         for row, seed, image in zip(noise, self.seeds, self.images):
             row[:] = philox_normal(seed, image, step, len(row))
-        return torch.from_numpy(noise).reshape(self.shape).to(self.device, self.dtype)
+        return _sent(torch.from_numpy(noise).reshape(self.shape), self.device).to(self.dtype)
 
 
 class DeviceNoise(Noise):

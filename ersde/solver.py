@@ -127,8 +127,10 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     narrow = x.dtype if x.dtype in _HALF else None
     x = x if narrow is None else x.float()
     known = memory or Memory(newest=history[0] if history else None, changes=[a - b for a, b in zip(history, history[1:])])
-    x, newest, changes, base = x if known.x is None else known.x, known.newest, list(known.changes), known.base
-    score, bent, inverse = known.score, known.bent, known.inverse
+    x, newest, changes = x if known.x is None else known.x, known.newest, list(known.changes)
+    # These two are written over.
+    base, score = (value if value is None else value.clone() for value in (known.base, known.score))
+    bent, inverse = known.bent, known.inverse
     length: Optional[Tensor] = None     # |R_0| of the step before, where that measured it
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
@@ -147,12 +149,15 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             changes.clear()
             by_step = numbers(now, x.ndim, x.dtype, x.device)
         kept = now.history if memory is None else MAX_ORDER + 1
+        # What is not needed any more goes before its successor comes.
         if newest is not None and kept:
+            del changes[kept - 1:]
             changes.insert(0, denoised - newest)
-            del changes[kept:]
+        newest = None
         step, by, trust, reached = now.steps[i - first], by_step[i - first], None, None
         if step.amend is not None:
-            x, denoised, score, inverse, by_law = _amended(step.amend, by, x, seen, denoised, changes, score, bent, inverse)
+            before, score = [score], None
+            x, denoised, score, inverse, by_law = _amended(step.amend, by, x, seen, denoised, changes, before, bent, inverse)
         elif step.score is not None:
             score = _score(_like(seen, x), denoised, step.score[0], by.score)
         newest, bent, score = denoised, (), score if step.score is not None else None
@@ -167,10 +172,16 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             sums.append(denoised.sum(dtype=torch.float32))
             length = None
         if step.last:
-            x = denoised.to(x.dtype) if step.settle is None else _settled(step.settle, x, base, denoised, changes, by.one)
+            if step.settle is not None:
+                own = base if memory is None or base is None else base.clone()
+                denoised = _settled(step.settle, x, own, denoised, changes, by.one)
+            x = denoised.to(x.dtype)
             continue
-        # The product is a new tensor (the callback or the model may hold the old x), all else is added in place.
-        x = (base if step.from_base else x) * by.x_scale
+        # A state that the callback or the model may hold is left alone.
+        if step.from_base:
+            x = base.mul_(by.x_scale)
+        else:
+            x = x * by.x_scale if step.amend is None else x.mul_(by.x_scale)
         if shift is not None:
             x.add_(shift(i), alpha=step.x_scale)
         x.add_(denoised, alpha=step.denoised)
@@ -194,6 +205,8 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             base = x
             x = _bent(x, changes, step.bend, trust)
     out = x if narrow is None else x.to(narrow)
+    if memory is None:
+        changes, base, score = [], None, None
     _check_finite(out, sums, plan, start)
     if memory is not None:
         memory.x, memory.newest, memory.changes, memory.base = x, newest, changes, base
@@ -232,14 +245,14 @@ def _score(x: Tensor, denoised: Tensor, alpha: float, factor: Tensor) -> Tensor:
 
 
 def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
-             before: Optional[Tensor], bent: Sequence[Tensor], known: Optional[Tensor]
+             past: List[Optional[Tensor]], bent: Sequence[Tensor], known: Optional[Tensor]
              ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tuple[Tensor, Tensor]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
     corrected evaluation.
 
     Args:
         seen: the state that the model saw, x but for rounding, which counts where lambda is small.
-        before: e of the step's start; None for 0, at lambda = infinity.
+        past: e of the step's start, its only holder, which is emptied; None for 0, at lambda = infinity.
         bent: the weights of its bend on R_1, R_2, ... of now.
         known: 1 / v of the step before, where there is one.
 
@@ -249,35 +262,44 @@ def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tenso
     """
     change = _like(changes[0], x)
     score = _score(_like(seen, x), denoised, amend.alpha, by.score)
+    before, old = past.pop(), None
     if amend.measure or known is None:
-        along = torch.mul(score if before is None else score - before, change)
+        if before is None:
+            along = score * change
+        else:
+            old = None if amend.limit is None else _norm(before)
+            along = torch.sub(score, before, out=before).mul_(change)
         if x.ndim > 1:
             along = along.sum(dim=_rest(x.ndim), keepdim=True)
         inverse = along.div_(_norm(change).square_().clamp_(min=_TINY)).clamp_(0.0, _SURE)
     else:
         inverse = known
+    del before
     sure = inverse > by.zero
     weight, by_law = _curves(by, torch.where(sure, inverse, by.usual)).unbind()
     found = change * weight
-    for part, old in zip(bent, changes[1:]):
-        found.addcmul_(_like(old, x), _like(part, x), value=-1.0)
+    for part, other in zip(bent, changes[1:]):
+        found.addcmul_(_like(other, x), _like(part, x), value=-1.0)
     slope = sure / (inverse * by.level).add_(by.one)
     score.addcmul_(found, by.one - slope, value=amend.factor)
     if amend.limit is not None and amend.measure:
-        slope = torch.minimum(slope, _mean_slope(amend.limit, amend.level, score, before))
+        slope = torch.minimum(slope, _mean_slope(amend.limit, amend.level, score, old))
         found.div_((1.0 - weight * slope.pow(3) / amend.alpha).clamp_(min=0.5))
-    changes[0] = torch.addcmul(change, found, slope, value=1.0 / amend.alpha)
+    changes[0] = change.addcmul_(found, slope, value=1.0 / amend.alpha)
     denoised = torch.addcmul(_like(denoised, x), found, slope, value=1.0 / amend.alpha)
-    return x + found, denoised, score, inverse, (by_law, sure)
+    return found.add_(x), denoised, score, inverse, (by_law, sure)
 
 
-def _mean_slope(limit: Limit, level: float, score: Tensor, before: Optional[Tensor]) -> Tensor:
-    """v / (v + level) of the mean over all directions, see `Limit`."""
+def _mean_slope(limit: Limit, level: float, score: Tensor, old: Optional[Tensor]) -> Tensor:
+    """v / (v + level) of the mean over all directions, see `Limit`.
+
+    old: |e_1|, None for 0.
+    """
     now, noise = _norm(score).square_(), math.prod(score.shape[1:]) * limit.fresh
-    if before is None:
+    if old is None:
         room, gain = (now * -level).add_(noise), now
     else:
-        past = _norm(before).square_().mul_(limit.held)
+        past = old.square_().mul_(limit.held)
         room, gain = (past * limit.level).sub_(now, alpha=level).add_(noise), now - past
     # v = room / gain; both are not negative at once.
     room = room.clamp_(min=0.0)
@@ -334,22 +356,23 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
              one: Tensor) -> Tensor:
     """D with the last correction, see `Settle`; exactly D where the evaluations did not change, as under a mask.
 
-    base: x without the bend of the step before, or None.
+    base: x without the bend of the step before, or None; written over.
     """
-    found = torch.zeros_like(denoised)
-    for change, weight in zip(changes, settle.changes):
-        found.add_(change, alpha=weight)
-    if base is not None:
-        found.add_(torch.sub(base, x), alpha=1.0 / settle.alpha)
     size = _norm(changes[0])
     removed = torch.sub(x, denoised, alpha=settle.alpha).mul_(changes[0])
     along = removed.to(one.dtype) if x.ndim == 1 else removed.sum(dim=_rest(x.ndim), keepdim=True, dtype=one.dtype)
     along = along / settle.alpha
+    del removed
+    found = torch.zeros_like(denoised)
+    for change, weight in zip(changes, settle.changes):
+        found.add_(change, alpha=weight)
+    if base is not None:
+        found.add_(torch.sub(base, x, out=base), alpha=1.0 / settle.alpha)
     # J = |v|^2 / <v, D - y> in [0, 1] with v = -slope R_0.
     slope = (settle.slope * size * size / along.clamp(min=_TINY)).clamp_(max=1.0) * (along > 0)
     far = _norm(found) / (settle.slope * size).clamp_(min=_TINY)
     gain = settle.share * slope / torch.addcmul(one, far, far)
-    return torch.addcmul(denoised, found, gain.to(denoised.dtype)).to(x.dtype)
+    return torch.addcmul(denoised, found, gain.to(denoised.dtype), out=found)
 
 
 def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan, start: Tensor) -> None:

@@ -4,6 +4,7 @@ import torch
 
 import ersde
 from benchmarks import overhead
+from ersde.noise import make_noise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: the sampler on a GPU was not tested")
 SHAPE = (2, 4, 32, 32)
@@ -60,15 +61,16 @@ def test_float64_has_the_cpu_s_numbers():
     torch.testing.assert_close(out.cpu(), run("cpu", "ve", 10, torch.float64), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("own_noise", [False, True], ids=["given noise", "own noise"])
+@pytest.mark.parametrize("own_noise", [None, "cpu", "device", "brownian"])
 @pytest.mark.parametrize("kw", WAYS, ids=str)
 @pytest.mark.parametrize("steps", [6, 20])
 def test_nothing_waits_for_the_device(steps, kw, own_noise):
-    """From the first model call to the last one: every operation is queued, none is waited for."""
+    """From the first model call to the last one: every operation is queued, none is waited for, the noise's neither."""
     model, calls = Gaussian("ve"), []
     sigmas, x = schedule("ve", steps).cuda(), torch.randn(SHAPE, device="cuda")
     noise = torch.randn(SHAPE, device="cuda")
-    kw = {**kw, "extra_args": {"seed": 3}} if own_noise else {**kw, "noise_sampler": lambda *_: noise}
+    own = make_noise(own_noise, x, 3) if own_noise else lambda *_: noise
+    kw = {**kw, "noise_sampler": own}
 
     def watched(x, sigma, **extra):
         calls.append(1)
@@ -79,9 +81,9 @@ def test_nothing_waits_for_the_device(steps, kw, own_noise):
         return out
 
     watched.process = "ve"
-    ersde.sample_er_sde(watched, x, sigmas, process="ve", disable=True, **kw)       # what is made once, is made
-    calls.clear()
     try:
+        ersde.sample_er_sde(watched, x, sigmas, process="ve", disable=True, **kw)       # what is made once, is made
+        calls.clear()
         ersde.sample_er_sde(watched, x, sigmas, process="ve", disable=True, **kw)
     finally:
         torch.cuda.set_sync_debug_mode("default")
