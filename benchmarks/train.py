@@ -347,8 +347,8 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     generator = torch.Generator(device).manual_seed(options.seed)
     done, spent, mean_loss = 0, 0.0, None
     state = options.work / f"{process}_state.safetensors"
-    setting = {"process": process, "steps": steps, "batch": options.batch, "rate": rate, "seed": options.seed,
-               "dropout": options.dropout, "device": device.type, "start": "the weights of ve" if start else "random weights"}
+    setting = {"process": process, "steps": steps, "batch": options.batch, "rate": rate, "seed": options.seed, "dropout": options.dropout,
+               "device": device.type, "start": "the weights of ve" if start else "random weights"}
     if state.is_file() and not options.fresh:
         held = load_state(state)
         if held["setting"] != setting:
@@ -429,13 +429,13 @@ def card(weights: Path) -> None:
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=("ve", "flow"), default=["ve", "flow"])
-    parser.add_argument("--steps", type=int, default=4000, help="of ve (default: 4000)")
-    parser.add_argument("--flow-steps", type=int, default=2200, help="of flow (default: 2200)")
+    parser.add_argument("--steps", type=int, default=9600, help="of ve (default: 9600)")
+    parser.add_argument("--flow-steps", type=int, default=4800, help="of flow (default: 4800)")
     parser.add_argument("--flow-from", choices=("ve", "nothing"), default="ve")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=0.012,
                         help="peak learning rate of Muon, 0.3 of it of AdamW; half of it where flow starts from ve")
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the state and the previews")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the finished weights and their card")

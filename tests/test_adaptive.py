@@ -267,7 +267,7 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
     numbers = by(Step(1.0, 0.0, (), 0.0, amend=amend))
     change = torch.randn(2, 16, dtype=torch.float64)
     changes = [change.clone()]
-    out, denoised, _, inverse, _ = amended(amend, numbers, x, x, -0.2 * x, changes, 100.0 * change, (), None)
+    out, denoised, _, inverse, _ = amended(amend, numbers, x, x, -0.2 * x, changes, [100.0 * change], (), None)
     assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
     torch.testing.assert_close(out - x, change * at(curve, 0.5))
 

@@ -243,7 +243,8 @@ def few_pictures(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load", lambda split="train": few)
     monkeypatch.setattr(train, "WORK", tmp_path / "work")
     monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
-    monkeypatch.setattr(train, "Denoiser", lambda process, whole: Denoiser(process, Network(**SMALL, dropout=whole.middle.dropout)))
+    small = lambda process, whole: Denoiser(process, Network(**SMALL, dropout=whole.middle.dropout))
+    monkeypatch.setattr(train, "Denoiser", small)
     monkeypatch.setattr(train, "preview", lambda model, path: None)
     return tmp_path
 
