@@ -11,9 +11,10 @@ Every repeat is two runs over a schedule that no repeat before had: the first ma
 as the next picture's, finds it made.  Set-up, until the first model call, is given of both, all else of the second.  The
 whole run is everything outside the model, set-up included, over the steps.
 
-On a GPU a run ends when the device has done all of it, and the table has the device memory that a sampler needs at most,
-in tensors of x's size, D and z among them, where the model and the noise make theirs anew at every call.  With --busy the
-model keeps the device busy for MS milliseconds a call, as a real one does, and the time of a step is what it takes beyond
+Memory is the most that a run holds beside the x that it was given, in tensors of x's size, with all that passes between the
+model calls, and D and z, which the model and the noise make anew at every call.
+
+On a GPU a run ends when the device has done all of it.  With --busy the model keeps the device busy for MS milliseconds a call, as a real one does, and the time of a step is what it takes beyond
 that: what a picture waits for its sampler.
 
 With a ComfyUI's folder in COMFYUI_PATH its own `sample_er_sde` is a row too; that wants the Python that runs it.
@@ -25,12 +26,15 @@ import json
 import os
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Callable, Dict, Tuple
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ersde
 
@@ -135,15 +139,45 @@ def timed(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tens
     return model.first - start, time.perf_counter() - model.first
 
 
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make and that are still there; `most` is the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self.bytes:
+                    self.bytes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata)
+        self.most = max(self.most, self.now)
+        return out
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.bytes.pop(key)
+
+
 def memory(function: Callable, x: torch.Tensor, sigmas: torch.Tensor) -> float:
-    """The most GPU memory that a run takes beyond x, D and z among it, in tensors of x's size."""
+    """The most memory that a run takes beside x, D and z among it, in tensors of x's size: the allocator's peak on a GPU."""
     model = Canned(x, len(sigmas) - 1, fresh=True)
     function(model, x, sigmas, model.draw)
     model.reset()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function(model, x, sigmas, model.draw)
-    return (torch.cuda.max_memory_allocated() - before) / (x.numel() * x.element_size())
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(model, x, sigmas, model.draw)
+        most = torch.cuda.max_memory_allocated() - before
+    else:
+        with Held() as held:
+            function(model, x, sigmas, model.draw)
+        most = held.most
+    return most / (x.numel() * x.element_size())
 
 
 def cycles(milliseconds: float) -> int:
@@ -167,9 +201,7 @@ def measure(steps: int = 20, shape=(1, 4, 64, 64), repeats: int = 100, device: s
     rows = {}
     for name, function in found.items():
         timed(function, model, x, sigmas)
-        rows[name] = count(function, model, x, sigmas)
-        if x.is_cuda:
-            rows[name]["memory"] = memory(function, x, sigmas)
+        rows[name] = {**count(function, model, x, sigmas), "memory": memory(function, x, sigmas)}
     times = {name: [] for name in found}
     for i in range(1, repeats + 1):
         new = sigmas * (1.0 + 1e-5 * i)
@@ -217,13 +249,12 @@ def main(argv=None) -> None:
           f"{args.repeats} repeats in turns" + (f", a model of {args.busy:g} ms, which the times are without" if args.busy
                                                else "") + "\n")
     print("| sampler | operations per step | read-backs per step | set-up, ms: new schedule | the same again | "
-          "microseconds per step after it (95 %) | ratio | whole run, microseconds per step (95 %) | ratio |"
-          + (" memory, in tensors |" if gpu else "") + "\n" + "|---" * (10 if gpu else 9) + "|")
+          "microseconds per step after it (95 %) | ratio | whole run, microseconds per step (95 %) | ratio | "
+          "memory, in tensors |\n" + "|---" * 10 + "|")
     for name, row in rows.items():
         step, whole = ("{microseconds:.0f} ({low:.0f} to {high:.0f})".format(**row[key]) for key in ("step", "whole"))
         print(f"| {name} | {row['operations']:.1f} | {row['read_backs']:.2f} | {row['new_setup_ms']:.2f} | "
-              f"{row['setup_ms']:.2f} | {step} | {row['ratio']:.2f} | {whole} | {row['whole_ratio']:.2f} |"
-              + (f" {row['memory']:.1f} |" if gpu else ""))
+              f"{row['setup_ms']:.2f} | {step} | {row['ratio']:.2f} | {whole} | {row['whole_ratio']:.2f} | {row['memory']:.1f} |")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"steps": args.steps, "shape": args.shape, "repeats": args.repeats, "torch": torch.__version__,

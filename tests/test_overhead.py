@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import ersde
-from benchmarks.overhead import Canned, count
+from benchmarks.overhead import Canned, Held, count, memory
 
 
 def operations(steps, **kw):
@@ -97,3 +97,29 @@ def test_the_counter_sees_a_read_back():
 
     found = count(run, Canned(torch.zeros(1, 4), 4), torch.zeros(1, 4), torch.ones(5))
     assert found["read_backs"] >= 2
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [6, 10, 20, 50])
+@pytest.mark.parametrize("kw", [{}, {"eta": 0.0}, {"corrector": False}, {"s_noise": 0.0}], ids=str)
+def test_memory(steps, order, kw):
+    """Whatever passes between the model calls: at most x, the noise, the history and one tensor more, at any time.
+
+    The history is the evaluations of the order, the one that corrects them and the newest.
+    """
+    x = torch.randn(1, 4, 64, 64)
+    sigmas = torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)])
+    run = lambda model, x, sigmas, noise: ersde.sample_er_sde(model, x, sigmas, disable=True, process="ve", order=order,
+                                                              noise_sampler=noise, **kw)
+    assert memory(run, x, sigmas) <= 1 + 1 + (order + 2) + 1 + 0.1       # and numbers of each picture
+
+
+def test_held_counts_what_is_there():
+    with Held() as held:
+        a = torch.zeros(100)
+        b = a.view(10, 10) + 1
+        del a
+        c = b * 2
+    assert held.most == 800 and held.now == 800
+    del b, c
+    assert held.now == 0
