@@ -483,6 +483,7 @@ class Results:
     def __init__(self, cells: Sequence[Cell], seeds: Sequence[Sequence[int]], rows: Dict[str, dict], folder: Path,
                  device: str = "cpu"):
         self.reference, self.blocks, self.path = load_reference(), {}, folder / "evaluate_measured.jsonl"
+        self.device, self.block = device, len(seeds[0])
         for cell in cells:
             found = []
             for some in seeds:
@@ -586,8 +587,9 @@ def table(results: Results, found: Dict[str, List[dict]]) -> str:
         f"{floors}; only equal N compare. Intervals are 95 % by bootstrap over the seeds of each class, paired; `better` "
         "and `worse` are said where the whole interval of the difference lies on one side of 0. `kernel` is the difference "
         "of the kernel distances x 1000, which have no floor.", "",
-        f"torch {torch.__version__}, k-diffusion {quality._version('k_diffusion')}, azula {quality._version('azula')}; this "
-        f"project's sources have the digest {quality._own_source()}. ve: {SCHEDULES['ve']}; flow: {SCHEDULES['flow']}.", ""]
+        f"Sampled on {results.device} in blocks of {results.block}. torch {torch.__version__}, k-diffusion "
+        f"{quality._version('k_diffusion')}, azula {quality._version('azula')}; this project's sources have the digest "
+        f"{quality._own_source()}. ve: {SCHEDULES['ve']}; flow: {SCHEDULES['flow']}.", ""]
     for question, records in found.items():
         if not records:
             continue
@@ -654,7 +656,8 @@ def report(results: Results, folder: Path) -> str:
              for cell in tqdm(results.blocks, desc="measuring", unit="cell")]
     floors = {str(n): results.reference.floor(n)[0] for n in sorted({cell["count"] for cell in cells})}
     text = table(results, found)
-    about = {"torch": torch.__version__, "sources": quality._own_source(), "schedules": SCHEDULES, "floor": floors}
+    about = {"torch": torch.__version__, "device": results.device, "block": results.block,
+             "sources": quality._own_source(), "schedules": SCHEDULES, "floor": floors}
     (folder / "evaluate.json").write_text(json.dumps({"about": about, "questions": found, "cells": cells}, indent=1,
                                                      default=float) + "\n", encoding="utf-8")
     (folder / "evaluate.md").write_text(text, encoding="utf-8")
@@ -700,7 +703,9 @@ def main(argv=None) -> int:
     if "RANK" in os.environ and not dist.is_initialized():
         # A process may have to wait long for the others at the end.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    if args.device == "cuda":
+    if args.device == "cuda" and not args.report:
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no GPU here")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     cells = plan(args.process, args.guidance, args.calls, args.filter)
     seeds = blocks(args.count, args.block)

@@ -56,7 +56,7 @@ class History:
             known, move = past.memory, lambda one: None if one is None else one.to(device)
             copy._past = dataclasses.replace(past, memory=Memory(
                 move(known.x), move(known.newest), [move(change) for change in known.changes], move(known.base),
-                move(known.score), [move(weight) for weight in known.bent], move(known.inverse)))
+                move(known.score), [move(weight) for weight in known.bent], move(known.inverse), known.factor))
         return copy
 
     def _before(self, x: Tensor, sigmas: np.ndarray, process: str):
@@ -82,7 +82,7 @@ class History:
                             None if known.base is None else known.base.to(like),
                             None if known.score is None else known.score.to(like),
                             [weight.to(like) for weight in known.bent],
-                            None if known.inverse is None else known.inverse.to(like))
+                            None if known.inverse is None else known.inverse.to(like), known.factor)
             done = len(past.etas)
             whole = np.concatenate((past.sigmas[:-1], sigmas)), np.concatenate((past.etas, etas))
             if past.rule == rule:

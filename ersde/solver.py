@@ -24,8 +24,8 @@ _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float3
 @dataclass
 class Memory:
     """What a run knows before a step: the state as it is computed, the newest evaluation, the changes R_0, R_1, ..., and of
-    the step before the state without its bend; where it was a long one, e of its start, its bend's weights on R_0, ..., and
-    1 / v of each picture.
+    the step before the state without its bend; where it was a long one, `_score` of its start and the factor that makes it
+    e, its bend's weights on R_0, ..., and 1 / v of each picture.
     """
 
     x: Optional[Tensor] = None
@@ -35,6 +35,7 @@ class Memory:
     score: Optional[Tensor] = None
     bent: Sequence[Tensor] = ()
     inverse: Optional[Tensor] = None
+    factor: float = 1.0
 
 
 class Numbers(NamedTuple):
@@ -43,9 +44,8 @@ class Numbers(NamedTuple):
 
     Attributes:
         x_scale: of the `Step`.
-        score: 1 / (alpha lambda^2) of the state.
         most: 2 + (1 - common) (1 + ratio^2), the trust's.
-        common, ratio, line: of the `Step`, line its first bend.
+        line: the first bend of the `Step`.
         level, usual: of its `Amend`, 1 / usual.
         curve: start, end, scale, top_0, top_1, bottom_0 and bottom_1 of the `Amend`'s curve and of `Step.reach`, each of
             shape (2, 1, ...); () without an `Amend`.
@@ -53,10 +53,7 @@ class Numbers(NamedTuple):
     """
 
     x_scale: Tensor
-    score: Tensor
     most: Tensor
-    common: Tensor
-    ratio: Tensor
     line: Tensor
     level: Tensor
     usual: Tensor
@@ -71,17 +68,16 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device) -> 
     rows, curves = [], []
     for step in plan.steps:
         amend = step.amend
-        level, usual, score = (0.0, 0.0, step.score[1] if step.score else 0.0) if amend is None else \
-            (amend.level, 1.0 / amend.usual, amend.factor)
+        level, usual = (0.0, 0.0) if amend is None else (amend.level, 1.0 / amend.usual)
         most = 2.0 + (1.0 - step.common) * (1.0 + step.ratio ** 2)
-        rows += [step.x_scale, score, most, step.common, step.ratio, step.bend[0] if step.bend else 0.0, level, usual]
+        rows += [step.x_scale, most, step.bend[0] if step.bend else 0.0, level, usual]
         if amend is not None:
             both = amend.curve, step.reach or amend.curve
             curves += [n for pair in zip(*((c.start, c.end, c.scale, *c.top, *c.bottom) for c in both)) for n in pair]
     made = torch.tensor([1.0, 0.0, *rows, *curves], dtype=torch.float64, device="cpu").to(dtype).to(device)
     single = made[:2 + len(rows)].unbind()
     pairs = iter(made[len(single):].reshape(-1, 7, 2, *(1,) * ndim).unbind())
-    return tuple(Numbers(*single[2 + 8 * i:10 + 8 * i], next(pairs).unbind() if step.amend else (), *single[:2])
+    return tuple(Numbers(*single[2 + 5 * i:7 + 5 * i], next(pairs).unbind() if step.amend else (), *single[:2])
                  for i, step in enumerate(plan.steps))
 
 
@@ -130,7 +126,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     x, newest, changes = x if known.x is None else known.x, known.newest, list(known.changes)
     # These two are written over.
     base, score = (value if value is None else value.clone() for value in (known.base, known.score))
-    bent, inverse = known.bent, known.inverse
+    bent, inverse, factor = known.bent, known.inverse, known.factor
     length: Optional[Tensor] = None     # |R_0| of the step before, where that measured it
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Tensor] = []
@@ -156,10 +152,11 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         newest = None
         step, by, trust, reached = now.steps[i - first], by_step[i - first], None, None
         if step.amend is not None:
-            before, score = [score], None
-            x, denoised, score, inverse, by_law = _amended(step.amend, by, x, seen, denoised, changes, before, bent, inverse)
+            before, score, turn, factor = [score], None, factor / step.amend.factor, step.amend.factor
+            x, denoised, score, inverse, by_law = _amended(step.amend, by, x, seen, denoised, changes, before, turn, bent,
+                                                           inverse)
         elif step.score is not None:
-            score = _score(_like(seen, x), denoised, step.score[0], by.score)
+            score, factor = _score(_like(seen, x), denoised, step.score[0]), step.score[1]
         newest, bent, score = denoised, (), score if step.score is not None else None
         del seen                # or the old state would outlive the new one
         if step.reach is not None:
@@ -210,7 +207,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     _check_finite(out, sums, plan, start)
     if memory is not None:
         memory.x, memory.newest, memory.changes, memory.base = x, newest, changes, base
-        memory.score, memory.bent, memory.inverse = score, bent, inverse
+        memory.score, memory.bent, memory.inverse, memory.factor = score, bent, inverse, factor
     return out
 
 
@@ -239,39 +236,41 @@ def _like(value: Tensor, x: Tensor) -> Tensor:
     return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
-def _score(x: Tensor, denoised: Tensor, alpha: float, factor: Tensor) -> Tensor:
-    """e = (y - D) / lambda^2 of the state x = alpha y, factor = 1 / (alpha lambda^2)."""
-    return torch.sub(x, _like(denoised, x), alpha=alpha).mul_(factor)
+def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
+    """alpha lambda^2 e of the state x = alpha y, e = (y - D) / lambda^2: its factor is left to where e is used."""
+    return torch.sub(x, _like(denoised, x), alpha=alpha)
 
 
 def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
-             past: List[Optional[Tensor]], bent: Sequence[Tensor], known: Optional[Tensor]
+             past: List[Optional[Tensor]], turn: float, bent: Sequence[Tensor], known: Optional[Tensor]
              ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tuple[Tensor, Tensor]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
     corrected evaluation.
 
     Args:
         seen: the state that the model saw, x but for rounding, which counts where lambda is small.
-        past: e of the step's start, its only holder, which is emptied; None for 0, at lambda = infinity.
+        past: `_score` of the step's start, its only holder, which is emptied; None for 0, at lambda = infinity.
+        turn: its 1 / (alpha lambda^2) over that of now.
         bent: the weights of its bend on R_1, R_2, ... of now.
         known: 1 / v of the step before, where there is one.
 
     Returns:
-        x, D, e of both, 1 / v of each picture, 0 where there is none, and for `_reached` the step's bend by v and whether
+        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, and for `_reached` the step's bend by v and whether
         there is one.
     """
     change = _like(changes[0], x)
-    score = _score(_like(seen, x), denoised, amend.alpha, by.score)
+    score = _score(_like(seen, x), denoised, amend.alpha)
     before, old = past.pop(), None
     if amend.measure or known is None:
         if before is None:
             along = score * change
         else:
             old = None if amend.limit is None else _norm(before)
-            along = torch.sub(score, before, out=before).mul_(change)
+            along = torch.sub(score, before, alpha=turn, out=before).mul_(change)
         if x.ndim > 1:
             along = along.sum(dim=_rest(x.ndim), keepdim=True)
-        inverse = along.div_(_norm(change).square_().clamp_(min=_TINY)).clamp_(0.0, _SURE)
+        square = _norm(change).square_().clamp_(min=_TINY)
+        inverse = torch.addcdiv(by.zero, along, square, value=amend.factor).clamp_(0.0, _SURE)
     else:
         inverse = known
     del before
@@ -280,26 +279,28 @@ def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tenso
     found = change * weight
     for part, other in zip(bent, changes[1:]):
         found.addcmul_(_like(other, x), _like(part, x), value=-1.0)
-    slope = sure / (inverse * by.level).add_(by.one)
-    score.addcmul_(found, by.one - slope, value=amend.factor)
+    slope = sure / torch.addcmul(by.one, inverse, by.level)
+    score.addcmul_(found, by.one - slope)
     if amend.limit is not None and amend.measure:
-        slope = torch.minimum(slope, _mean_slope(amend.limit, amend.level, score, old))
+        slope = torch.minimum(slope, _mean_slope(amend, score, turn, old))
         found.div_((1.0 - weight * slope.pow(3) / amend.alpha).clamp_(min=0.5))
     changes[0] = change.addcmul_(found, slope, value=1.0 / amend.alpha)
     denoised = torch.addcmul(_like(denoised, x), found, slope, value=1.0 / amend.alpha)
     return found.add_(x), denoised, score, inverse, (by_law, sure)
 
 
-def _mean_slope(limit: Limit, level: float, score: Tensor, old: Optional[Tensor]) -> Tensor:
+def _mean_slope(amend: Amend, score: Tensor, turn: float, old: Optional[Tensor]) -> Tensor:
     """v / (v + level) of the mean over all directions, see `Limit`.
 
-    old: |e_1|, None for 0.
+    score, turn, old: `_score` of now, what turns one of the step's start into that, and the length of that, None for 0.
     """
-    now, noise = _norm(score).square_(), math.prod(score.shape[1:]) * limit.fresh
+    limit, level = amend.limit, amend.level
+    # |e|^2 of both over factor^2
+    now, noise = _norm(score).square_(), math.prod(score.shape[1:]) * limit.fresh / amend.factor ** 2
     if old is None:
         room, gain = (now * -level).add_(noise), now
     else:
-        past = old.square_().mul_(limit.held)
+        past = old.square_().mul_(limit.held * turn ** 2)
         room, gain = (past * limit.level).sub_(now, alpha=level).add_(noise), now - past
     # v = room / gain; both are not negative at once.
     room = room.clamp_(min=0.0)
@@ -309,8 +310,8 @@ def _mean_slope(limit: Limit, level: float, score: Tensor, old: Optional[Tensor]
 def _curves(by: Numbers, inverse: Tensor) -> Tensor:
     """Both curves' f(v) of each picture, see `Curve`; shape (2, batch, 1, ...)."""
     start, end, scale, top, steep, bottom, deep = by.curve
-    q = (inverse * end).add_(start).div_((inverse * scale).add_(by.one)).sqrt_()
-    return (q * steep).add_(top).div_((q * deep).add_(bottom))
+    q = torch.addcmul(start, inverse, end).div_(torch.addcmul(by.one, inverse, scale)).sqrt_()
+    return torch.addcmul(top, q, steep).div_(torch.addcmul(bottom, q, deep))
 
 
 def _reached(step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Tensor, Tensor],
@@ -324,11 +325,11 @@ def _reached(step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor
     (by_law, sure), size, length = law, _norm(denoised), _norm(changes[0]).clamp_(min=_TINY)
     if not step.bend:
         return by_law * sure, size, length
-    wide = (length / size).square_().mul_(by.common).add_(by.one)      # infinite for D = 0
-    by_line = wide.reciprocal_().mul_(by.line)
+    share = length / size               # infinite for D = 0
+    by_line = by.line / torch.addcmul(by.one, share, share, value=step.common)
     if step.ratio == 0.0:
         return torch.maximum(by_law * sure, by_line), size, length
-    fall = ((_norm(changes[1]) if before is None else before) / length).mul_(by.ratio).pow_(4).add_(by.one)
+    fall = torch.add(by.one, ((_norm(changes[1]) if before is None else before) / length).pow_(4), alpha=step.ratio ** 4)
     return torch.where(sure, torch.maximum(by_law, by_line), by_line / fall), size, length
 
 

@@ -1,5 +1,6 @@
 """The order that adapts: trust in the bend of a long step, and the last correction."""
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_solver import moments
 
 import ersde
 from benchmarks import quality, random_mixtures
+from benchmarks.network import ratio
 from ersde import solver, weights
 from ersde.demo.network import guided, load_model
 from ersde.noise_scale import get_noise_scale
@@ -105,19 +107,44 @@ def test_full_trust_is_the_plan_that_does_not_adapt():
     torch.testing.assert_close(*out, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [karras, lambda n: torch.cat([torch.logspace(1.16, -1.5, n), torch.zeros(1)]).double()])
-@pytest.mark.parametrize("steps", [5, 6, 8, 10, 15])
-def test_a_guided_network_is_never_worse_than_comfyui(schedule, steps):
-    """Guidance 7.5, where bend and correction together overshoot: at full trust these runs are up to 3 times worse."""
-    network = guided(load_model("ve"), torch.arange(3), 7.5)
+def exponential(steps):
+    return torch.cat([torch.logspace(1.16, -1.5, steps), torch.zeros(1)]).double()
+
+
+@functools.lru_cache(None)
+def guided_network(schedule):
+    """The demo's network with guidance 7.5, starts, and what they lead to; a schedule ends alike for any number of steps."""
+    network = guided(load_model("ve"), torch.arange(16) % 10, 7.5)
     model = lambda x, sigma, **_: network(x, sigma)
     model.process = "ve"
-    x = 14.6 * torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    x = 14.6 * torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    ends = schedule(5)
+    fine = torch.cat([torch.logspace(np.log10(ends[0]), np.log10(ends[-2]), 160), torch.zeros(1)])
+    return model, x, sample(model, x, fine, order=2, corrector=False)
+
+
+@functools.lru_cache(None)
+def over_comfyui(schedule, steps):
+    """The ratio of the mean errors over ComfyUI's formulas and its 95 % interval, over the pictures."""
+    model, x, exact = guided_network(schedule)
     sigmas = schedule(steps).float()
-    fine = torch.cat([torch.logspace(np.log10(sigmas[0]), np.log10(sigmas[-2]), 160), torch.zeros(1)])
-    exact = sample(model, x, fine, order=2, corrector=False)
-    ours = rms(sample(model, x, sigmas), exact)
-    assert ours <= 1.05 * rms(sample(model, x, sigmas, method="comfyui", corrector=False), exact)
+    outs = sample(model, x, sigmas), sample(model, x, sigmas, method="comfyui", corrector=False)
+    return ratio(*((out - exact).square().mean((1, 2, 3)).sqrt().numpy() for out in outs))
+
+
+@pytest.mark.parametrize("schedule", [karras, exponential])
+@pytest.mark.parametrize("steps", [5, 6, 8, 10, 15])
+def test_a_guided_network_is_never_worse_than_comfyui(schedule, steps):
+    """Guidance 7.5, where bend and correction together overshoot: at full trust these runs are up to 3 times worse.
+
+    By more than 5 %, beyond the interval.
+    """
+    assert over_comfyui(schedule, steps)[1] <= 1.05
+
+
+def test_a_guided_network_is_better_than_comfyui_on_the_whole():
+    ratios = [over_comfyui(schedule, steps)[0] for schedule in (karras, exponential) for steps in (5, 6, 8, 10, 15)]
+    assert np.exp(np.mean(np.log(ratios))) < 1.0
 
 
 def test_trust_is_what_keeps_high_guidance_calm():
@@ -267,7 +294,8 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
     numbers = by(Step(1.0, 0.0, (), 0.0, amend=amend))
     change = torch.randn(2, 16, dtype=torch.float64)
     changes = [change.clone()]
-    out, denoised, _, inverse, _ = amended(amend, numbers, x, x, -0.2 * x, changes, [100.0 * change], (), None)
+    out, denoised, _, inverse, _ = amended(amend, numbers, x, x, -0.2 * x, changes, [100.0 * change],
+                                             1.0 / amend.factor, (), None)
     assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
     torch.testing.assert_close(out - x, change * at(curve, 0.5))
 
@@ -305,12 +333,20 @@ def test_the_length_of_the_noise_tells_the_mean_variance(process, scale, s_noise
     held = np.exp(2.0 * (g[1] - g[0])) if scale != "ode" else 1.0
     assert last.limit == Limit(l_s, pytest.approx(held), pytest.approx((1.0 - held) * s_noise ** 2))
     before = torch.ones(2, n, dtype=torch.float64) / np.sqrt(v + l_s)
+    assert last.level == pytest.approx(l_t)
+
+    def slope_of(amend, now, before):
+        """Of e at both ends; the score of the start has the factor 1."""
+        old = None if before is None else before.norm(dim=1, keepdim=True)
+        return solver._mean_slope(amend, now / amend.factor, 1.0 / amend.factor, old)
+
     if s_noise == 1.0:
-        slope = solver._mean_slope(last.limit, l_t, before * np.sqrt((v + l_s) / (v + l_t)), before)
+        slope = slope_of(last, before * np.sqrt((v + l_s) / (v + l_t)), before)
         torch.testing.assert_close(slope, torch.full((2, 1), v / (v + l_t), dtype=torch.float64), rtol=1e-9, atol=0.0)
-    far = solver._mean_slope(Limit(0.0, 0.0, 1.0), l_t, torch.ones(1, n, dtype=torch.float64) / np.sqrt(v + l_t), None)
+    first = dataclasses.replace(last, limit=Limit(0.0, 0.0, 1.0))
+    far = slope_of(first, torch.ones(1, n, dtype=torch.float64) / np.sqrt(v + l_t), None)
     torch.testing.assert_close(far, torch.full((1, 1), v / (v + l_t), dtype=torch.float64), rtol=1e-9, atol=0.0)
-    longer = solver._mean_slope(last.limit, l_t, 100.0 * before, before)
+    longer = slope_of(last, 100.0 * before, before)
     assert (longer == 0).all()          # more noise than there was: no data in it
 
 
@@ -343,7 +379,8 @@ def test_the_last_correction_counts_what_it_does_to_itself(std, k):
     last = dataclasses.replace(amend, limit=Limit(1e9, 1.0, 0.0))        # room without end: no limit
     for used, factor in ((amend, 1.0), (last, 1.0 - k * j ** 3)):
         numbers = by(Step(1.0, 0.0, (), 0.0, amend=used))
-        out, denoised, _, inverse, _ = amended(used, numbers, x, x, j * x, [change.clone()], before, (), None)
+        out, denoised, _, inverse, _ = amended(used, numbers, x, x, j * x, [change.clone()], [before.clone()],
+                                                 1.0 / used.factor, (), None)
         torch.testing.assert_close(inverse, torch.full_like(inverse, 1.0 / v))
         torch.testing.assert_close(out - x, k * change / factor)
         torch.testing.assert_close(denoised - j * x, j * k * change / factor)
@@ -440,7 +477,7 @@ def test_the_evaluation_follows_the_correction(process, std):
 
     def spy(amend, *args):
         out = amended(amend, *args)
-        seen.append((out[0], out[1], args[3]))
+        seen.append((out[0].clone(), out[1], args[3]))
         return out
 
     with pytest.MonkeyPatch.context() as patch:

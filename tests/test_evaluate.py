@@ -207,3 +207,14 @@ def test_the_command_reports_what_is_there(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([*arguments, "--report", "--calls", "5"])
     assert "no block" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*FEW, "--device", "cuda", "--out", str(tmp_path)])
+    assert end.value.code == 2 and "torch sees no GPU" in capsys.readouterr().err
+    # What was sampled on one elsewhere is reported without it.
+    with pytest.raises(SystemExit):
+        evaluate.main([*FEW, "--device", "cuda", "--report", "--out", str(tmp_path)])
+    assert "no block of these cells" in capsys.readouterr().err
