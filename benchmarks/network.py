@@ -1,6 +1,6 @@
 """The noise-free samplers on the trained network of the demo, at equal model calls, with guidance.
 
-    python -m benchmarks.network [--calls 5 9 21] [--guidance 1 4 7.5] [--count 8] [--out DIR] [--filter REGEX]
+    python -m benchmarks.network [--calls 5 9 21] [--guidance 1 4 7.5] [--count 32] [--out DIR] [--filter REGEX]
 
 The figure of a cell is the RMS error of each picture's result to a fine solution of the same network (the second order
 without a corrector, `FINE` steps between the same sigmas), its mean over the pictures, over the one of ComfyUI's formulas.
@@ -119,7 +119,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, nargs="+", default=[5, 9, 21])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0, 7.5])
-    parser.add_argument("--count", type=int, default=8, help="pictures")
+    parser.add_argument("--count", type=int, default=32, help="pictures")
     parser.add_argument("--filter", default="", help="regular expression: only samplers whose name has it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
