@@ -14,8 +14,8 @@ whole run is everything outside the model, set-up included, over the steps.
 Memory is the most that a run holds beside the x that it was given, in tensors of x's size, with all that passes between the
 model calls, and D and z, which the model and the noise make anew at every call.
 
-On a GPU a run ends when the device has done all of it.  With --busy the model keeps the device busy for MS milliseconds a call, as a real one does, and the time of a step is what it takes beyond
-that: what a picture waits for its sampler.
+On a GPU a run ends when the device has done all of it.  With --busy the model keeps the device busy for MS milliseconds a
+call, as a real one does, and the time of a step is what it takes beyond that: what a picture waits for its sampler.
 
 With a ComfyUI's folder in COMFYUI_PATH its own `sample_er_sde` is a row too; that wants the Python that runs it.
 """
@@ -254,7 +254,8 @@ def main(argv=None) -> None:
     for name, row in rows.items():
         step, whole = ("{microseconds:.0f} ({low:.0f} to {high:.0f})".format(**row[key]) for key in ("step", "whole"))
         print(f"| {name} | {row['operations']:.1f} | {row['read_backs']:.2f} | {row['new_setup_ms']:.2f} | "
-              f"{row['setup_ms']:.2f} | {step} | {row['ratio']:.2f} | {whole} | {row['whole_ratio']:.2f} | {row['memory']:.1f} |")
+              f"{row['setup_ms']:.2f} | {step} | {row['ratio']:.2f} | {whole} | {row['whole_ratio']:.2f} | "
+              f"{row['memory']:.1f} |")
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"steps": args.steps, "shape": args.shape, "repeats": args.repeats, "torch": torch.__version__,

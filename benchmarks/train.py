@@ -79,8 +79,8 @@ RGB on white, in the classes {classes}.
 A tenth of the glyphs is held out.
 
 A model that has learned its pictures by heart would be right on them alone: `ve` errs 5 to 18 % more on glyphs that it never
-saw, `flow` 5 to 29 %, so that some of what it draws is close to one of the 1819 pictures.  Dropout (a tenth) holds that back:
-half as many steps without it err as much more, and more in all (`ve` at sigma 0.8: 0.1395 and 0.1664).
+saw, `flow` 5 to 29 %, so that some of what it draws is close to one of the 1819 pictures.  Dropout (a tenth) holds that
+back: half as many steps without it err as much more, and more in all (`ve` at sigma 0.8: 0.1395 and 0.1664).
 
 **What to expect** of the weights in this repository (9600 steps of `ve`, 4800 of `flow`): pictures that show their class,
 most of them one thing that can be named (a tram, an avocado, a bottle); animals and people are broken at times, and writing
@@ -353,8 +353,9 @@ def train(process: str, options: argparse.Namespace, start: Optional[Path] = Non
     generator = torch.Generator(device).manual_seed(options.seed)
     done, spent, mean_loss = 0, 0.0, None
     state = options.work / f"{process}_state.safetensors"
-    setting = {"process": process, "steps": steps, "batch": options.batch, "rate": rate, "seed": options.seed, "dropout": options.dropout,
-               "device": device.type, "start": "the weights of ve" if start else "random weights"}
+    setting = {"process": process, "steps": steps, "batch": options.batch, "rate": rate, "seed": options.seed,
+               "dropout": options.dropout, "device": device.type,
+               "start": "the weights of ve" if start else "random weights"}
     if state.is_file() and not options.fresh:
         held = load_state(state)
         if held["setting"] != setting:

@@ -13,7 +13,7 @@ from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 
 from .errors import check_tensor_like
-from .weights import MAX_ORDER, Amend, Limit, Plan, Settle, Step
+from .weights import MAX_ORDER, Amend, Plan, Settle, Step
 
 Tensor = torch.Tensor
 _HALF = (torch.float16, torch.bfloat16)
@@ -255,8 +255,8 @@ def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tenso
         known: 1 / v of the step before, where there is one.
 
     Returns:
-        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, and for `_reached` the step's bend by v and whether
-        there is one.
+        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, and for `_reached` the step's bend by v and
+        whether there is one.
     """
     change = _like(changes[0], x)
     score = _score(_like(seen, x), denoised, amend.alpha)

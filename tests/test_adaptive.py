@@ -10,8 +10,7 @@ from scipy.integrate import quad
 from test_solver import moments
 
 import ersde
-from benchmarks import quality, random_mixtures
-from benchmarks.network import ratio
+from benchmarks import network, quality, random_mixtures
 from ersde import solver, weights
 from ersde.demo.network import guided, load_model
 from ersde.noise_scale import get_noise_scale
@@ -129,7 +128,7 @@ def over_comfyui(schedule, steps):
     model, x, exact = guided_network(schedule)
     sigmas = schedule(steps).float()
     outs = sample(model, x, sigmas), sample(model, x, sigmas, method="comfyui", corrector=False)
-    return ratio(*((out - exact).square().mean((1, 2, 3)).sqrt().numpy() for out in outs))
+    return network.ratio(*((out - exact).square().mean((1, 2, 3)).sqrt().numpy() for out in outs))
 
 
 @pytest.mark.parametrize("schedule", [karras, exponential])

@@ -297,7 +297,8 @@ def test_the_normals_are_the_processor_s_own():
 def test_a_square_root_that_is_off_by_units_is_put_right(off):
     """As torch's is on some CPUs, see `nearest_root`; numpy's is the processor's own, and right."""
     g = torch.Generator().manual_seed(off + 3)
-    x = torch.cat([torch.rand(20000, generator=g, dtype=torch.float64) * 50.0, torch.tensor([1.0, 4.0, 2.0, 1e-9, 44.36, 0.0]),
+    x = torch.cat([torch.rand(20000, generator=g, dtype=torch.float64) * 50.0,
+                   torch.tensor([1.0, 4.0, 2.0, 1e-9, 44.36, 0.0]),
                    torch.rand(2000, generator=g, dtype=torch.float64) * 1e-8])
     truth = torch.from_numpy(np.sqrt(x.numpy()))
     near = (truth.view(torch.int64) + off * (x > 0)).view(torch.float64)
