@@ -28,6 +28,7 @@ import datetime
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -69,6 +70,10 @@ class Edm:
             shared = importlib.import_module("torch_utils.distributed")
         except ImportError as error:
             raise ValueError(f"--edm: EDM's code needs {error.name}, which this Python does not have") from error
+        # Its last line of all would fail, after all images.
+        if "disp" not in inspect.signature(self.fid.scipy.linalg.sqrtm).parameters:
+            raise ValueError(f"--edm: EDM's fid.py asks scipy's sqrtm for disp, which scipy {self.fid.scipy.__version__} "
+                             f"does not have any more: install scipy 1.17 or older")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if not dist.is_initialized():
             for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500"), ("RANK", "0"), ("LOCAL_RANK", "0"),

@@ -18,12 +18,13 @@ def test_the_table_of_peers(monkeypatch, capsys):
     assert means == sorted(means) and all(e.shape == (12,) for e in errors.values())
     convergence.main(["--peers", "9", "--count", "12"])
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
-            for cells in (line.split("|") for line in capsys.readouterr().out.splitlines()) if len(cells) == 8}
-    assert rows["comfyui"][:2] == ["1.00", "1.00"] and rows["comfyui"][3] == "1.00"
+            for cells in (line.split("|") for line in capsys.readouterr().out.splitlines()) if len(cells) == 9}
+    assert rows["comfyui"] == ["1.00 (1.00 to 1.00)", "1.00", rows["comfyui"][2], "1.00", "1.00", rows["comfyui"][5]]
     one, base = (np.sort(errors[name]) for name in ("exact, order 3", "comfyui"))
-    worst = convergence.WORST
+    worst = 1           # a hundredth of 12, but one at least
+    low, high = convergence.interval(errors["exact, order 3"], errors["comfyui"])
     assert rows["exact, order 3"] == [
-        f"{((one ** 2).mean() / (base ** 2).mean()) ** 0.5:.2f}",
+        f"{((one ** 2).mean() / (base ** 2).mean()) ** 0.5:.2f} ({low:.2f} to {high:.2f})",
         f"{((one[:-worst] ** 2).mean() / (base[:-worst] ** 2).mean()) ** 0.5:.2f}",
         f"{(one[-worst:] ** 2).sum() / (one ** 2).sum():.0%}",
-        f"{np.median(one) / np.median(base):.2f}", f"{(one > 0.1).sum()}"]
+        f"{one.mean() / base.mean():.2f}", f"{np.median(one) / np.median(base):.2f}", f"{(one > 0.1).sum()}"]

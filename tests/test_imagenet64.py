@@ -82,6 +82,24 @@ def test_what_is_missing_is_one_clear_line(tmp_path, capsys):
     assert "is no clone of NVlabs/edm" in capsys.readouterr().err
 
 
+def test_a_scipy_that_edm_cannot_use_is_told_before_the_images(tmp_path, monkeypatch):
+    for name in ("dnnlib", "torch_utils", "training"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "generate.py").write_text("")
+    (tmp_path / "fid.py").write_text("import types\nscipy = types.SimpleNamespace(__version__='9.9', linalg="
+                                     "types.SimpleNamespace(sqrtm=lambda A: A))\n")
+    (tmp_path / "torch_utils" / "distributed.py").write_text("")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("generate", "fid", "torch_utils", "torch_utils.distributed"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    try:
+        with pytest.raises(ValueError, match="scipy 9.9 does not have any more"):
+            imagenet64.Edm(tmp_path)
+    finally:
+        for name in ("generate", "fid", "torch_utils", "torch_utils.distributed"):
+            sys.modules.pop(name, None)
+
+
 DETECTOR = '''import torch
 class Detector(torch.nn.Module):
     """A random feature network with the width of EDM's."""
