@@ -93,12 +93,13 @@ def print_peers(steps, seeds):
 
     base = errors["comfyui"]
     print(f"Digits, ve, Karras, {steps} steps, N = {seeds}, over comfyui's\n\n| sampler | RMS (95 %) | RMS without the "
-          f"{worst} worst points of each | their share in the sum of squares | mean | median | points off by more than 0.1 |\n|"
-          + "---|" * 7)
+          f"{worst} worst points of each | their share in the sum of squares | mean | median | "
+          "points off by more than 0.1 |\n|" + "---|" * 7)
     for name, e in errors.items():
         share, (low, high) = float((np.sort(e)[-worst:] ** 2).sum() / (e ** 2).sum()), interval(e, base)
+        mean, median = e.mean() / base.mean(), np.median(e) / np.median(base)
         print(f"| {name} | {root(e) / root(base):.2f} ({low:.2f} to {high:.2f}) | {rest(e) / rest(base):.2f} | "
-              f"{share:.0%} | {e.mean() / base.mean():.2f} | {np.median(e) / np.median(base):.2f} | {int((e > 0.1).sum())} |")
+              f"{share:.0%} | {mean:.2f} | {median:.2f} | {int((e > 0.1).sum())} |")
 
 
 def interval(errors, base, resamples=1000):
