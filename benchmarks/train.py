@@ -15,7 +15,7 @@ cosine decay, an exponential moving average (EMA) of the weights, which is what 
 
 On a GPU, where a step is recorded as a CUDA graph, the defaults take minutes (an H100, shared with another training: 165
 seconds and 46); on a CPU core, which does some 120 pictures a second, hours: give fewer --steps and a smaller --batch there.
-Equal seeds give equal weights on one kind of device.
+Equal seeds give equal weights on the CPU; a GPU draws other numbers, and may sum them in another order each time.
 
 Every --every steps the state goes to build/train, from where the same command goes on after a stop, drawing the same
 numbers as if it had not stopped; beside it a PNG with two pictures of each class and guidance 1 (above) and 3 (below).
