@@ -38,8 +38,6 @@ from torch.utils._pytree import tree_leaves
 
 import ersde
 
-READ_BACKS = ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
-
 
 class Canned:
     """A model that does nothing: it returns tensors made beforehand, one after the other.
