@@ -190,6 +190,8 @@ class StepIntegrals:
         # log of phi_t / phi_s and of phi_t / phi(lambda); at lambda_s = infinity the ratio is 0.
         with np.errstate(invalid="ignore"):
             self.log_rho = np.where(eta == 0, 0.0, eta * (self.log_g_t - self.log_g_s))
+            # g rises with lambda; between two lambdas an ulp apart rounding may make it fall.
+            self.log_rho = np.where(lam_t < lam_s, np.minimum(self.log_rho, 0.0), self.log_rho)
         self.log_ratio = np.where(far, -np.inf, np.log(lam_t) - np.log(np.where(far, 1.0, lam_s))) + self.log_rho
         rel = eta[step][:, None] * (self.log_g_t[step][:, None] - log_g)
         self._drop = np.expm1(log_t[step][:, None] - self._u + rel)

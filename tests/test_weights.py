@@ -3,7 +3,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ersde.noise_scale import NOISE_SCALES, get_noise_scale
@@ -196,6 +196,7 @@ def test_nearly_repeated_sigmas_count_once(gap):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(1e-6, 1 - 1e-9), min_size=2, max_size=30), st.sampled_from(list(NOISE_SCALES)),
        st.sampled_from(["ve", "flow"]), st.floats(0, 2), st.integers(1, 5), st.booleans())
+@example([0.9999999989999999, 0.999999999], "sde_4", "ve", 2.0, 1, False)      # an ulp apart, where log g falls by one
 def test_any_schedule_gives_finite_bounded_weights(values, scale, process, eta, order, corrector):
     sigmas = sorted(values, reverse=True)
     if process == "ve":
