@@ -53,7 +53,7 @@ class History:
         """A copy with its tensors on a device; a run from a copy leaves this one as it is."""
         copy, past = History(), self._past
         if past is not None:
-            known, move = past.memory, lambda one: None if one is None else one.to(device)
+            known, move = past.memory, lambda one: one.to(device) if isinstance(one, torch.Tensor) else one
             copy._past = dataclasses.replace(past, memory=Memory(
                 move(known.x), move(known.newest), [move(change) for change in known.changes], move(known.base),
                 move(known.score), [move(weight) for weight in known.bent], move(known.inverse), known.factor))
@@ -77,12 +77,11 @@ class History:
         if past is None:
             plan = make(sigmas, etas)
         else:
-            known, like = past.memory, x.to(torch.promote_types(x.dtype, torch.float32))
-            memory = Memory(known.x.to(like), known.newest.to(x.device), [change.to(x.device) for change in known.changes],
-                            None if known.base is None else known.base.to(like),
-                            None if known.score is None else known.score.to(like),
-                            [weight.to(like) for weight in known.bent],
-                            None if known.inverse is None else known.inverse.to(like), known.factor)
+            known, wide = past.memory, x.to(torch.promote_types(x.dtype, torch.float32))
+            like = lambda one: one.to(wide) if isinstance(one, torch.Tensor) else one       # None, or a float
+            memory = Memory(like(known.x), known.newest.to(x.device), [change.to(x.device) for change in known.changes],
+                            like(known.base), like(known.score), [like(weight) for weight in known.bent],
+                            like(known.inverse), known.factor)
             done = len(past.etas)
             whole = np.concatenate((past.sigmas[:-1], sigmas)), np.concatenate((past.etas, etas))
             if past.rule == rule:

@@ -11,7 +11,7 @@ from test_solver import moments
 
 import ersde
 from benchmarks import network, quality, random_mixtures
-from ersde import solver, weights
+from ersde import measure, solver, weights
 from ersde.demo.network import guided, load_model
 from ersde.noise_scale import get_noise_scale
 from ersde.process import check_sigmas, get_process
@@ -33,12 +33,14 @@ def sample(model, x, sigmas, **kw):
 def trust(denoised, newest, before, ratio=1.0, common=1.0):
     step = Step(1.0, 0.0, (), 0.0, ratio=ratio, common=common)
     as_tensor = lambda v: torch.tensor([v], dtype=torch.float64)
-    return _trust(as_tensor(denoised), [as_tensor(newest), as_tensor(before)], step, by(step))[0].item()
+    of = lambda **kw: _trust(step, by(step, **kw), as_tensor(denoised), [as_tensor(newest), as_tensor(before)])[0]
+    assert of(floats=True) == pytest.approx(of().item(), rel=1e-14, abs=1e-14)
+    return of().item()
 
 
-def by(step):
+def by(step, **kw):
     """The step's numbers as tensors, for states of two dimensions."""
-    return solver.numbers(Plan(np.array([1.0, 0.0]), (step,), (1,), 1), 2, torch.float64, torch.device("cpu"))[0]
+    return measure.numbers(Plan(np.array([1.0, 0.0]), (step,), (1,), 1), 2, torch.float64, torch.device("cpu"), **kw)[0]
 
 
 def test_trust_is_its_formula():
@@ -104,6 +106,19 @@ def test_full_trust_is_the_plan_that_does_not_adapt():
         found[1].orders, found[1].history)
     out = [run(p, model, x, sigmas, None, {}, None, True) for p in (found[0], trusted)]
     torch.testing.assert_close(*out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("process, schedule", [("ve", karras), ("flow", flow_schedule)])
+@pytest.mark.parametrize("kw", [{}, {"eta": 1.0, "noise_scale": "sde_5"}, {"order": 1}, {"order": 4, "corrector": False}])
+def test_a_picture_alone_on_the_cpu_is_the_one_in_a_batch(process, schedule, kw):
+    """Its numbers are floats, those of a batch tensors, as a single one's are on a device."""
+    x = gaussian(0.5, 0.3, dim=16, process=process).start(3, 14.6 if process == "ve" else 1.0,
+                                                           torch.Generator().manual_seed(0))
+    model = lambda x, sigma: torch.tanh(x.flip(-1) / (0.3 + sigma[:, None]))
+    for steps in (2, 3, 4, 6, 10, 16):
+        run = lambda x: ersde.sample_er_sde(model, x, schedule(steps), disable=True, process=process,
+                                            noise_sampler=lambda s, t: torch.ones_like(x), **{"eta": 0.0, **kw})
+        torch.testing.assert_close(torch.cat([run(x[i:i + 1]) for i in range(3)]), run(x), rtol=1e-11, atol=1e-12)
 
 
 def exponential(steps):
@@ -337,7 +352,11 @@ def test_the_length_of_the_noise_tells_the_mean_variance(process, scale, s_noise
     def slope_of(amend, now, before):
         """Of e at both ends; the score of the start has the factor 1."""
         old = None if before is None else before.norm(dim=1, keepdim=True)
-        return solver._mean_slope(amend, now / amend.factor, 1.0 / amend.factor, old)
+        now, turn = now.norm(dim=1, keepdim=True) / amend.factor, 1.0 / amend.factor
+        found = measure.mean_slope(torch, amend, n, now, turn, old)
+        alone = measure.mean_slope(measure.FLOATS, amend, n, now[0].item(), turn, None if old is None else old[0].item())
+        assert alone == pytest.approx(found[0].item(), rel=1e-12)
+        return found
 
     if s_noise == 1.0:
         slope = slope_of(last, before * np.sqrt((v + l_s) / (v + l_t)), before)
@@ -448,18 +467,25 @@ def test_without_a_variance_the_bend_is_the_lines_and_fades_as_the_change_falls(
     newest = torch.tensor([[0.0, 1.0]] * 4, dtype=torch.float64)
     before = torch.tensor([[0.1, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
     inverse = torch.tensor([[0.0], [0.0], [0.0], [1e9]], dtype=torch.float64)
-    law = solver._curves(by(step), inverse)[1], inverse > 0
-    weight, size, length = solver._reached(step, by(step), denoised, [newest, before], law, None)
+    sure, _, by_law, _ = measure.correction(by(step), inverse)
+    law = by_law, sure
+    weight, size, length = solver._reach(step, by(step), denoised, [newest, before], law, None)
     line = 0.4 / (1.0 + 0.5 * 0.25)
     assert size.flatten().tolist() == [2.0] * 4 and length.flatten().tolist() == [1.0] * 4
     assert weight.flatten().tolist() == pytest.approx([line / (1.0 + 0.05 ** 4), line / 2.0, line / 10001.0, line])
     known = before.norm(dim=1, keepdim=True)                    # |R_1|, as the step before has measured it
-    assert torch.equal(solver._reached(step, by(step), denoised, [newest, None], law, known)[0], weight)
+    assert torch.equal(solver._reach(step, by(step), denoised, [newest, None], law, known)[0], weight)
+    alone = by(step, floats=True)
+    for i in range(4):
+        sure, _, by_law, _ = measure.correction(alone, inverse[i].item())
+        one = [value[i:i + 1] for value in (denoised, newest, before)]
+        assert solver._reach(step, alone, one[0], one[1:], (by_law, sure), None) == pytest.approx(
+            (weight[i].item(), 2.0, 1.0), rel=1e-14)
     step = dataclasses.replace(step, bend=(0.1,))
-    found = solver._reached(step, by(step), denoised, [newest, before], law, None)[0]
+    found = solver._reach(step, by(step), denoised, [newest, before], law, None)[0]
     assert found[3].item() == pytest.approx(0.3 * 0.8, rel=1e-6)
     alone = dataclasses.replace(step, bend=(), ratio=0.0)       # after lambda = infinity there is no line
-    found = solver._reached(alone, by(alone), denoised, [newest], law, None)[0].flatten().tolist()
+    found = solver._reach(alone, by(alone), denoised, [newest], law, None)[0].flatten().tolist()
     assert found[:3] == [0.0] * 3 and found[3] == pytest.approx(0.24, rel=1e-6)
 
 

@@ -50,6 +50,24 @@ def test_the_picture_is_the_cpu_s(process, steps, kw):
     torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kw", WAYS[:3], ids=str)
+def test_a_run_that_moves(kw):
+    """A picture alone, begun on the CPU, whose numbers are floats there, gone on with on the GPU, and ended on the CPU."""
+    sigmas = schedule("ve", 9)
+    first = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))[:1] * sigmas[0]
+    preset = ersde.Preset("moving", **kw)
+    out = []
+    for devices in (("cpu",), ("cpu", "cuda", "cpu")):
+        x, history, at = first, ersde.History(), 0
+        for device, end in zip(devices, (9,) if len(devices) == 1 else (4, 6, 9)):
+            history = history.to(device)
+            x = ersde.sample_preset(Gaussian("ve"), x.to(device), sigmas[at:end + 1].to(device), preset, {"seed": 7},
+                                    disable=True, process="ve", history=history)
+            at = end
+        out.append(x)
+    torch.testing.assert_close(*out, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("steps", [6, 20])
 def test_half_precision(steps, dtype):

@@ -6,8 +6,8 @@ import ersde
 from benchmarks.overhead import Canned, Held, count, memory
 
 
-def operations(steps, **kw):
-    x = torch.randn(1, 4, 16, 16)
+def operations(steps, batch=1, **kw):
+    x = torch.randn(batch, 4, 16, 16)
     sigmas = torch.cat([torch.logspace(1.1, -1.5, steps), torch.zeros(1)])
 
     def run(model, x, sigmas, noise):
@@ -50,6 +50,14 @@ def test_long_steps_take_few_operations():
     """All 10 steps are long, and measure the variance of the data: fewer operations than the host's own er_sde, 72."""
     operations(10)                      # the plan is made once
     found = operations(10)
+    assert found["operations"] <= 35
+    assert found["read_backs"] == 0
+
+
+def test_the_numbers_of_a_batch_stay_where_they_are():
+    """What a step measures is arithmetic on tensors, as on a device, but for a picture alone on the CPU."""
+    operations(10, batch=2)
+    found = operations(10, batch=2)
     assert found["operations"] <= 46
     assert found["read_backs"] == 0
 
@@ -75,7 +83,7 @@ def test_what_is_kept_from_run_to_run_knows_the_dtype_and_the_mode(steps, dtype)
 
     def cleared():
         ersde.weights._known_plan.cache_clear()
-        ersde.solver.numbers.cache_clear()
+        ersde.measure.numbers.cache_clear()
 
     cleared()
     want = run(dtype)

@@ -10,7 +10,7 @@ from problems import flow_schedule, gaussian, karras, rms, separated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ersde
-from ersde import NOISE_SCALES, PRESETS, History
+from ersde import NOISE_SCALES, PRESETS, History, solver
 from ersde.noise_scale import get_noise_scale
 from ersde.process import get_process
 from ersde.weights import METHODS, make_plan
@@ -205,6 +205,19 @@ def test_every_dtype_in_parts_is_the_whole(dtype):
         whole = sample(model, x.to(dtype), sigmas, preset)
         assert whole.dtype == dtype
         assert torch.equal(in_parts(model, x.to(dtype), sigmas, preset, (2, 4, 7)), whole)
+
+
+@pytest.mark.parametrize("process", ["ve", "flow"])
+@pytest.mark.parametrize("preset", ["sde_5", "few_steps"])
+def test_parts_of_a_picture_alone(process, preset):
+    """What its steps measured are floats, and cross as they are; a run whose numbers are tensors takes them as well."""
+    model, x, sigmas = problem(process)
+    x = x[:1]
+    assert torch.equal(in_parts(model, x, sigmas, preset, (2, 4, 7)), sample(model, x, sigmas, preset))
+    for there, value in ((True, torch.full((1, 1), 0.5)), (False, 0.5)):
+        here = solver._as(there, value, x.float())
+        assert isinstance(here, float) == there and solver._as(not there, here, x.float()) == value
+        assert solver._as(there, here, x) is here and solver._as(there, None, x) is None
 
 
 class Dtypes(TorchDispatchMode):
