@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 Number = Union[float, Tensor]
 """One number per picture: a tensor of shape (batch, 1, ...), or a float where there is one picture, on the CPU."""
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
@@ -107,8 +107,8 @@ def read(m: Any, value: Tensor) -> Number:
 def length(m: Any, x: Tensor) -> Number:
     """Euclidean norm of each picture, float32 or wider."""
     if x.ndim == 1:
-        return read(m, x.abs().to(torch.float32) if x.dtype in _HALF else x.abs())
-    wide = torch.float32 if x.dtype in _HALF else None
+        return read(m, x.abs().to(torch.float32) if x.dtype in HALF else x.abs())
+    wide = torch.float32 if x.dtype in HALF else None
     return read(m, torch.linalg.vector_norm(x, 2, rest(x.ndim), True, dtype=wide))
 
 

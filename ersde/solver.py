@@ -14,11 +14,10 @@ import torch
 
 from . import measure
 from .errors import check_tensor_like
-from .measure import TINY, Number, Numbers, length, numbers
+from .measure import HALF, TINY, Number, Numbers, length, numbers
 from .weights import MAX_ORDER, Amend, Plan, Settle, Step
 
 Tensor = torch.Tensor
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -77,7 +76,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     at = list(sigmas.unbind())
     # One contiguous copy of the schedule per batch item in x's dtype, so that a step makes no tensor of its own for it.
     for_model = sigmas.to(x.dtype).to(x.device)[:, None].repeat(1, x.shape[0]).unbind()
-    narrow = x.dtype if x.dtype in _HALF else None
+    narrow = x.dtype if x.dtype in HALF else None
     x = x if narrow is None else x.float()
     known = memory or Memory(newest=history[0] if history else None, changes=[a - b for a, b in zip(history, history[1:])])
     x, newest, changes = x if known.x is None else known.x, known.newest, list(known.changes)
@@ -296,7 +295,7 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
     return torch.addcmul(denoised, found, gain.to(denoised.dtype), out=found)
 
 
-def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan, start: Tensor) -> None:
+def _check_finite(x: Tensor, sums: Sequence[Number], plan: Plan, start: Tensor) -> None:
     """The one look at the device, after the last step; only a bad result makes a second one, to name the first cause."""
     if x.isfinite().all().cpu().numpy():
         return
@@ -305,7 +304,7 @@ def _check_finite(x: Tensor, sums: Sequence[Tensor], plan: Plan, start: Tensor) 
     bad = torch.stack([~torch.as_tensor(s).isfinite().all() for s in sums]).cpu().numpy()
     if bad.any():
         i = int(bad.argmax())
-        narrow = f", or {x.dtype} too narrow for the state" if x.dtype in _HALF else ""
+        narrow = f", or {x.dtype} too narrow for the state" if x.dtype in HALF else ""
         cause = f" (its own doing, or the noise of the step before was not finite{narrow})" if i else ""
         raise FloatingPointError(f"the model returned NaN or infinity at step {i} of {len(sums)}, counted from 0, "
                                  f"sigma = {plan.sigmas[i]:.6g}{cause}")
