@@ -1,45 +1,145 @@
 """What a step measures of each picture, and the weights that follow from it (formulas: `ersde.weights`).
 
-All of it is arithmetic on a few numbers per picture, written once for two kinds of them.  On a device they are tensors,
-and nothing is read back from it.  Of a single picture on the CPU they are Python floats: there its numbers are in the
-memory that Python works on, and a torch operation on one number costs fifty times what a float's does.
+All of it is arithmetic on a few numbers per picture, written once for three kinds of them.  On a device they are tensors,
+and nothing is read back from it.  On the CPU, where they are in the memory that Python works on, they are floats of 64 bits:
+a torch operation on one number costs fifty times what a float's does.  A picture alone has Python's, a batch numpy's, whose
+arithmetic is the same, so that a picture of a batch is the picture alone.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from types import SimpleNamespace
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
+import numpy as np
 import torch
 
 from .weights import Amend, Plan, Step
 
 Tensor = torch.Tensor
-Number = Union[float, Tensor]
-"""One number per picture: a tensor of shape (batch, 1, ...), or a float where there is one picture, on the CPU."""
+Number = Union[float, np.ndarray, Tensor]
+"""One number per picture: shape (batch, 1, ...), or a float for a picture alone."""
 
 HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
-def _div(a: float, b: float) -> float:
+class Tensors:
+    """Numbers on a device: torch's functions, and what numbers do to states."""
+
+    addcmul, addcdiv, div, where = map(staticmethod, (torch.addcmul, torch.addcdiv, torch.div, torch.where))
+    maximum, minimum, clamp, sqrt = map(staticmethod, (torch.maximum, torch.minimum, torch.clamp, torch.sqrt))
+    floats = False
+    quiet = contextlib.nullcontext()
+
+    def read(self, value: Tensor) -> Number:
+        """A tensor of one number per picture as such numbers."""
+        return value
+
+    def take(self, value: Optional[Number], x: Tensor) -> Optional[Number]:
+        """Numbers that another run left, in whatever form."""
+        return value if value is None or isinstance(value, Tensor) else torch.as_tensor(value).to(x)
+
+    def add_(self, x: Tensor, change: Tensor, weight: Number, value: float = 1.0) -> Tensor:
+        """x += value * weight * change"""
+        return x.addcmul_(like(change, x), like(weight, x), value=value)
+
+    def add(self, x: Tensor, change: Tensor, weight: Number, value: float = 1.0) -> Tensor:
+        """x + value * weight * change, of change's dtype"""
+        return torch.addcmul(like(x, change), change, like(weight, change), value=value)
+
+    def mul(self, x: Tensor, weight: Number) -> Tensor:
+        """x * weight"""
+        return x * weight
+
+    def div_(self, x: Tensor, weight: Number) -> Tensor:
+        """x /= weight"""
+        return x.div_(weight)
+
+
+def _float_div(a: float, b: float) -> float:
     return a / b if b else math.copysign(math.inf, a) if a else math.nan
 
 
-FLOATS = SimpleNamespace(
-    addcmul=lambda a, b, c, value=1.0: a + value * b * c,
-    addcdiv=lambda a, b, c, value=1.0: a + value * _div(b, c),
-    div=_div,
-    where=lambda condition, a, b: a if condition else b,
-    maximum=max,
-    minimum=min,
+class Floats:
+    """Numbers of a picture alone on the CPU.
+
+    A weight gets into an operation by the one tensor that is kept for it: what is asked of the CPU is done at once.
+    """
+
+    addcmul = staticmethod(lambda a, b, c, value=1.0: a + value * b * c)
+    addcdiv = staticmethod(lambda a, b, c, value=1.0: a + value * _float_div(b, c))
+    div = staticmethod(_float_div)
+    where = staticmethod(lambda condition, a, b: a if condition else b)
+    maximum, minimum, sqrt = staticmethod(max), staticmethod(min), staticmethod(math.sqrt)
     # A NaN stays one, as it does in torch.
-    clamp=lambda a, min=-math.inf, max=math.inf: min if a < min else max if a > max else a,
-    sqrt=math.sqrt,
-)
-"""torch's functions of these names, for floats."""
+    clamp = staticmethod(lambda a, min, max=math.inf: min if a < min else max if a > max else a)
+    floats = True
+    quiet = contextlib.nullcontext()
+
+    def __init__(self, x: Tensor):
+        self.weight = torch.empty((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device="cpu")
+        self.cell = self.weight.numpy()
+
+    def read(self, value):
+        return value.numpy().item()
+
+    def take(self, value, x):
+        return value if value is None or isinstance(value, float) else value.item()
+
+    def _held(self, weight, value=1.0) -> Tensor:
+        self.cell[...] = weight if value == 1.0 else value * weight
+        return self.weight
+
+    def add_(self, x, change, weight, value=1.0):
+        return x.addcmul_(like(change, x), self._held(weight, value))
+
+    def add(self, x, change, weight, value=1.0):
+        return torch.addcmul(like(x, change), change, self._held(weight, value))
+
+    def mul(self, x, weight):
+        return x * self._held(weight)
+
+    def div_(self, x, weight):
+        return x.div_(self._held(weight))
+
+
+class Arrays(Floats):
+    """Numbers of a batch on the CPU."""
+
+    addcdiv = staticmethod(lambda a, b, c, value=1.0: a + value * np.divide(b, c))
+    div, where, maximum, minimum, sqrt = map(staticmethod, (np.divide, np.where, np.maximum, np.minimum, np.sqrt))
+    clamp = staticmethod(lambda a, min, max=None: np.maximum(a, min) if max is None else np.minimum(np.maximum(a, min), max))
+
+    def __init__(self, x):
+        super().__init__(x)
+        # What is divided by 0 gets the infinity that is meant, and no warning.
+        self.quiet = np.errstate(all="ignore")
+
+    def read(self, value):
+        return value.numpy().astype(np.float64)
+
+    def take(self, value, x):
+        if value is None or isinstance(value, np.ndarray):
+            return value
+        return np.full(self.cell.shape, value) if isinstance(value, float) else self.read(value.cpu())
+
+
+def kind(x: Tensor) -> Union[Tensors, Floats]:
+    """The numbers of a run with such a state."""
+    if x.device.type != "cpu":
+        return TENSORS
+    return Floats(x) if x.shape[0] == 1 else Arrays(x)
+
+
+TENSORS = Tensors()
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """`value` in x's dtype; a cast to the same one would be an operation."""
+    return value if value.dtype == x.dtype else value.to(x.dtype)
 
 
 class Numbers(NamedTuple):
@@ -47,7 +147,6 @@ class Numbers(NamedTuple):
     operation a Python number costs more than the operation itself, or as floats.
 
     Attributes:
-        m: `torch`, or `FLOATS`.
         x_scale: of the `Step`, a tensor in either case: it multiplies the state.
         most: 2 + (1 - common) (1 + ratio^2), the trust's.
         line: the first bend of the `Step`.
@@ -57,7 +156,6 @@ class Numbers(NamedTuple):
         one, zero: 1 and 0.
     """
 
-    m: Any
     x_scale: Tensor
     most: Number
     line: Number
@@ -81,14 +179,14 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device, flo
         curves.append(tuple((c.start, c.end, c.scale, *c.top, *c.bottom) for c in both))
     make = lambda values: torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype).to(device)
     if floats:
-        return tuple(Numbers(FLOATS, scale, *row, curve, 1.0, 0.0)
+        return tuple(Numbers(scale, *row, curve, 1.0, 0.0)
                      for scale, row, curve in zip(make(scales).unbind(), rows, curves))
     pairs = [number for curve in curves for pair in zip(*curve) for number in pair]
     flat = [number for row in rows for number in row]
     made = make([1.0, 0.0, *scales, *flat, *pairs])
     one, zero, *single = made[:2 + len(scales) + len(flat)].unbind()
     pairs = iter(made[2 + len(single):].reshape(-1, 7, 2, *(1,) * ndim).unbind())
-    return tuple(Numbers(torch, scale, *single[len(scales) + 4 * i:len(scales) + 4 * i + 4],
+    return tuple(Numbers(scale, *single[len(scales) + 4 * i:len(scales) + 4 * i + 4],
                          next(pairs).unbind() if curve else (), one, zero)
                  for i, (scale, curve) in enumerate(zip(single, curves)))
 
@@ -99,47 +197,41 @@ def rest(ndim: int) -> Tuple[int, ...]:
     return tuple(range(1, ndim))
 
 
-def read(m: Any, value: Tensor) -> Number:
-    """The tensor, or the float in it: on the CPU it is where numpy, and so Python, reads it."""
-    return value if m is torch else value.numpy().item()
-
-
-def length(m: Any, x: Tensor) -> Number:
+def length(m: Union[Tensors, Floats], x: Tensor) -> Number:
     """Euclidean norm of each picture, float32 or wider."""
     if x.ndim == 1:
-        return read(m, x.abs().to(torch.float32) if x.dtype in HALF else x.abs())
+        return m.read(x.abs().to(torch.float32) if x.dtype in HALF else x.abs())
     wide = torch.float32 if x.dtype in HALF else None
-    return read(m, torch.linalg.vector_norm(x, 2, rest(x.ndim), True, dtype=wide))
+    return m.read(torch.linalg.vector_norm(x, 2, rest(x.ndim), True, dtype=wide))
 
 
-def total(m: Any, x: Tensor, dtype: Optional[torch.dtype] = None) -> Number:
+def total(m: Union[Tensors, Floats], x: Tensor, dtype: Optional[torch.dtype] = None) -> Number:
     """Sum over each picture."""
-    return read(m, x.to(dtype or x.dtype) if x.ndim == 1 else x.sum(dim=rest(x.ndim), keepdim=True, dtype=dtype))
+    return m.read(x.to(dtype or x.dtype) if x.ndim == 1 else x.sum(dim=rest(x.ndim), keepdim=True, dtype=dtype))
 
 
-def inverse_variance(by: Numbers, amend: Amend, along: Number, size: Number) -> Number:
+def inverse_variance(m, by: Numbers, amend: Amend, along: Number, size: Number) -> Number:
     """1 / v of each picture, 0 where there is none, from <R_0, e_0 - e_1> without its factor and |R_0|."""
-    m = by.m
     return m.clamp(m.addcdiv(by.zero, along, m.clamp(size * size, min=TINY), value=amend.factor), 0.0, _SURE)
 
 
-def correction(by: Numbers, inverse: Number) -> Tuple[Number, Number, Number, Number]:
+def correction(m, by: Numbers, inverse: Number) -> Tuple[Number, Number, Number, Number]:
     """By 1 / v: whether there is a v, alpha k of the correction, the step's own bend, v / (v + level), the slope of D."""
-    m, sure = by.m, inverse > by.zero
+    sure = inverse > by.zero
     used = m.where(sure, inverse, by.usual)
-    weight, by_law = _curve(m, by.one, by.curve, used).unbind() if m is torch else \
-        (_curve(m, by.one, curve, used) for curve in by.curve)
+    weight, by_law = (_curve(m, by.one, curve, used) for curve in by.curve) if m.floats else \
+        _curve(m, by.one, by.curve, used).unbind()
     return sure, weight, by_law, sure / m.addcmul(by.one, inverse, by.level)
 
 
-def _curve(m: Any, one: Number, curve: Tuple, inverse: Number) -> Number:
+def _curve(m, one: Number, curve: Tuple, inverse: Number) -> Number:
     """f(v), see `ersde.weights.Curve`."""
     start, end, scale, top, steep, bottom, deep = curve
     q = m.sqrt(m.div(m.addcmul(start, inverse, end), m.addcmul(one, inverse, scale)))
     return m.div(m.addcmul(top, q, steep), m.addcmul(bottom, q, deep))
 
 
-def mean_slope(m: Any, amend: Amend, count: int, now: Number, turn: float, old: Optional[Number]) -> Number:
+def mean_slope(m, amend: Amend, count: int, now: Number, turn: float, old: Optional[Number]) -> Number:
     """v / (v + level) of the mean over all directions, see `ersde.weights.Limit`.
 
     Args:
@@ -160,7 +252,7 @@ def mean_slope(m: Any, amend: Amend, count: int, now: Number, turn: float, old: 
     return m.div(room, m.clamp(room + m.clamp(gain, min=0.0) * level, min=TINY))
 
 
-def reach(by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number, before: Optional[Number]
+def reach(m, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number, before: Optional[Number]
           ) -> Number:
     """The weight on R_0 of a long step's bend.
 
@@ -168,7 +260,6 @@ def reach(by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, n
         by_law, sure: the bend by v, and whether there is a v.
         size, newest, before: |D_0|, |R_0| and, where the step has a ratio, |R_1|.
     """
-    m = by.m
     if not step.bend:
         return by_law * sure
     share = m.div(newest, size)             # infinite for D = 0
@@ -181,13 +272,12 @@ def reach(by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, n
     return m.where(sure, m.maximum(by_law, by_line), by_line / fall)
 
 
-def trust(by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:
+def trust(m, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:
     """theta = clamp(2 - m^2, 0, 1) / (1 + s^2), m and s made fair to fresh noise (see `ersde.weights`).
 
     Args:
         size, newest, miss: |D_0|, |R_0| and, where the step has a ratio, |R_0 - ratio R_1|.
     """
-    m = by.m
     share = m.div(newest, size)             # infinite for D = 0, where the trust is 0
     wide = m.addcmul(by.one, share, share, value=step.common)
     if miss is None:

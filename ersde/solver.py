@@ -1,7 +1,7 @@
 """Running a plan: per step one linear combination of the state, the changes of the denoiser and the noise.
 
 Nothing here reads from a device: the weights are Python floats made before the first model call, and what a long step
-measures is a tensor of one number per picture, or a float where the CPU has the only picture in its own memory anyway
+measures is a tensor of one number per picture, or floats where the picture is in the CPU's own memory anyway
 (`ersde.measure`).  The one look at the result is after the last step.
 """
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from . import measure
 from .errors import check_tensor_like
-from .measure import HALF, TINY, Number, Numbers, length, numbers
+from .measure import HALF, TENSORS, TINY, Number, Numbers, length, like, numbers
 from .weights import MAX_ORDER, Amend, Plan, Settle, Step
 
 Tensor = torch.Tensor
@@ -82,13 +82,13 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     x, newest, changes = x if known.x is None else known.x, known.newest, list(known.changes)
     # These two are written over.
     base, score = (value if value is None else value.clone() for value in (known.base, known.score))
-    alone = x.shape[0] == 1 and x.device.type == "cpu"
-    bent, inverse, factor = [_as(alone, one, x) for one in known.bent], _as(alone, known.inverse, x), known.factor
+    m = measure.kind(x)
+    bent, inverse, factor = [m.take(one, x) for one in known.bent], m.take(known.inverse, x), known.factor
     size: Optional[Number] = None       # |R_0| of the step before, where that measured it
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Number] = []
     now, first = plan, 0        # the plan in force and the number of its first step
-    by_step = numbers(plan, x.ndim, x.dtype, x.device, alone)
+    by_step = numbers(plan, x.ndim, x.dtype, x.device, m.floats)
     for i in _steps(count, disable):
         seen = x if narrow is None else x.to(narrow)
         denoised = model(seen, for_model[i], **extra_args)
@@ -100,7 +100,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         if new is not None:
             now, first, newest, inverse, size = new, i, None, None, None
             changes.clear()
-            by_step = numbers(now, x.ndim, x.dtype, x.device, alone)
+            by_step = numbers(now, x.ndim, x.dtype, x.device, m.floats)
         kept = now.history if memory is None else MAX_ORDER + 1
         # What is not needed any more goes before its successor comes.
         if newest is not None and kept:
@@ -108,21 +108,22 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             changes.insert(0, denoised - newest)
         newest = None
         step, by, trust, reach = now.steps[i - first], by_step[i - first], None, None
-        if step.amend is not None:
-            before, score, turn, factor = [score], None, factor / step.amend.factor, step.amend.factor
-            x, denoised, score, inverse, law = _amended(step.amend, by, x, seen, denoised, changes, before, turn, bent,
-                                                        inverse)
-        elif step.score is not None:
-            score, factor = _score(_like(seen, x), denoised, step.score[0]), step.score[1]
-        newest, bent, score = denoised, (), score if step.score is not None else None
-        del seen                # or the old state would outlive the new one
-        if step.reach is not None:
-            reach, far, size = _reach(step, by, denoised, changes, law, size)
-        elif step.bend:
-            trust, far, size = _trust(step, by, denoised, changes)
-        else:
-            far, size = denoised.sum(dtype=torch.float32), None
-        sums.append(far)
+        with m.quiet:
+            if step.amend is not None:
+                before, score, turn, factor = [score], None, factor / step.amend.factor, step.amend.factor
+                x, denoised, score, inverse, law = _amended(m, step.amend, by, x, seen, denoised, changes, before, turn,
+                                                            bent, inverse)
+            elif step.score is not None:
+                score, factor = _score(like(seen, x), denoised, step.score[0]), step.score[1]
+            newest, bent, score = denoised, (), score if step.score is not None else None
+            del seen                # or the old state would outlive the new one
+            if step.reach is not None:
+                reach, far, size = _reach(m, step, by, denoised, changes, law, size)
+            elif step.bend:
+                trust, far, size = _trust(m, step, by, denoised, changes)
+            else:
+                far, size = denoised.sum(dtype=torch.float32), None
+            sums.append(far)
         if step.last:
             if step.settle is not None:
                 own = base if memory is None or base is None else base.clone()
@@ -148,14 +149,14 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         base = None
         if reach is not None:
             bent = [reach]
-            _add(x, changes[0], reach)
+            m.add_(x, changes[0], reach)
         elif step.long and step.bend:
             bent = [trust * weight for weight in step.bend]
             for change, weight in zip(changes, bent):
-                _add(x, change, weight)
+                m.add_(x, change, weight)
         elif step.bend:
             base = x
-            x = _bent(x, changes, step.bend, trust)
+            x = _bent(m, x, changes, step.bend, trust)
     out = x if narrow is None else x.to(narrow)
     if memory is None:
         changes, base, score = [], None, None
@@ -172,31 +173,12 @@ def _alike(value, x: Tensor) -> bool:
             and value.device == x.device and value.layout == torch.strided)
 
 
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    """`value` in x's dtype; a cast to the same one would be an operation."""
-    return value if value.dtype == x.dtype else value.to(x.dtype)
-
-
-def _as(alone: bool, value: Optional[Number], x: Tensor) -> Optional[Number]:
-    """A number that another run left, a float or a tensor as this one has them."""
-    if value is None or alone == isinstance(value, float):
-        return value
-    return value.item() if alone else x.new_full((1,) * x.ndim, value)
-
-
-def _add(x: Tensor, change: Tensor, weight: Number, value: float = 1.0) -> Tensor:
-    """x += value * weight * change"""
-    if isinstance(weight, float):
-        return x.add_(change, alpha=value * weight)
-    return x.addcmul_(_like(change, x), _like(weight, x), value=value)
-
-
 def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
     """alpha lambda^2 e of the state x = alpha y, e = (y - D) / lambda^2: its factor is left to where e is used."""
-    return torch.sub(x, _like(denoised, x), alpha=alpha)
+    return torch.sub(x, like(denoised, x), alpha=alpha)
 
 
-def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
+def _amended(m, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
              past: List[Optional[Tensor]], turn: float, bent: Sequence[Number], known: Optional[Number]
              ) -> Tuple[Tensor, Tensor, Tensor, Number, Tuple[Number, Number]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
@@ -213,8 +195,8 @@ def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tenso
         x, D, `_score` of both, 1 / v of each picture, 0 where there is none, and for `_reach` the step's bend by v and
         whether there is one.
     """
-    m, change = by.m, _like(changes[0], x)
-    score = _score(_like(seen, x), denoised, amend.alpha)
+    change = like(changes[0], x)
+    score = _score(like(seen, x), denoised, amend.alpha)
     before, old, inverse = past.pop(), None, known
     if amend.measure or known is None:
         if before is None:
@@ -222,27 +204,24 @@ def _amended(amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tenso
         else:
             old = None if amend.limit is None else length(m, before)
             along = torch.sub(score, before, alpha=turn, out=before).mul_(change)
-        inverse = measure.inverse_variance(by, amend, measure.total(m, along), length(m, change))
+        inverse = measure.inverse_variance(m, by, amend, measure.total(m, along), length(m, change))
         del along
     del before
-    sure, weight, by_law, slope = measure.correction(by, inverse)
-    found = change * weight
+    sure, weight, by_law, slope = measure.correction(m, by, inverse)
+    found = m.mul(change, weight)
     for part, other in zip(bent, changes[1:]):
-        _add(found, other, part, -1.0)
-    _add(score, found, by.one - slope)
+        m.add_(found, other, part, -1.0)
+    m.add_(score, found, by.one - slope)
     if amend.limit is not None and amend.measure:
         count = math.prod(score.shape[1:])
         slope = m.minimum(slope, measure.mean_slope(m, amend, count, length(m, score), turn, old))
-        found.div_(m.clamp(by.one - weight * slope ** 3 / amend.alpha, min=0.5))
-    changes[0] = _add(change, found, slope, 1.0 / amend.alpha)
-    if isinstance(slope, float):
-        denoised = torch.add(denoised, found, alpha=slope / amend.alpha)
-    else:
-        denoised = torch.addcmul(_like(denoised, x), found, slope, value=1.0 / amend.alpha)
+        m.div_(found, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
+    changes[0] = m.add_(change, found, slope, 1.0 / amend.alpha)
+    denoised = m.add(denoised, found, slope, 1.0 / amend.alpha)
     return found.add_(x), denoised, score, inverse, (by_law, sure)
 
 
-def _reach(step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Number, Number],
+def _reach(m, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Number, Number],
            before: Optional[Number]) -> Tuple[Number, Number, Number]:
     """The weight on R_0 of a long step's bend, |D_0| and |R_0|.
 
@@ -250,27 +229,24 @@ def _reach(step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor],
         law: the bend by v, and whether there is a v.
         before: |R_1| if it is known.
     """
-    far, newest = length(by.m, denoised), by.m.clamp(length(by.m, changes[0]), min=TINY)
+    far, newest = length(m, denoised), m.clamp(length(m, changes[0]), min=TINY)
     if before is None and step.ratio != 0.0:
-        before = length(by.m, changes[1])
-    return measure.reach(by, step, *law, far, newest, before), far, newest
+        before = length(m, changes[1])
+    return measure.reach(m, by, step, *law, far, newest, before), far, newest
 
 
-def _trust(step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor]) -> Tuple[Number, Number, Number]:
+def _trust(m, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor]) -> Tuple[Number, Number, Number]:
     """The trust in a step's bend, |D_0| and |R_0|."""
-    far, newest = length(by.m, denoised), by.m.clamp(length(by.m, changes[0]), min=TINY)
-    miss = None if step.ratio == 0.0 else length(by.m, torch.sub(changes[0], changes[1], alpha=step.ratio))
-    return measure.trust(by, step, far, newest, miss), far, newest
+    far, newest = length(m, denoised), m.clamp(length(m, changes[0]), min=TINY)
+    miss = None if step.ratio == 0.0 else length(m, torch.sub(changes[0], changes[1], alpha=step.ratio))
+    return measure.trust(m, by, step, far, newest, miss), far, newest
 
 
-def _bent(x: Tensor, changes: Sequence[Tensor], bend: Sequence[float], trust: Number) -> Tensor:
+def _bent(m, x: Tensor, changes: Sequence[Tensor], bend: Sequence[float], trust: Number) -> Tensor:
     """x + trust * sum of bend_j R_j, a new tensor of x's dtype."""
-    if isinstance(trust, float):
-        out = torch.add(x, changes[0], alpha=trust * bend[0])
-    else:
-        out = torch.addcmul(x, _like(changes[0], x), _like(trust, x), value=bend[0])
+    out = m.add(x, like(changes[0], x), trust, bend[0])
     for change, weight in zip(changes[1:], bend[1:]):
-        _add(out, change, trust, weight)
+        m.add_(out, change, trust, weight)
     return out
 
 
@@ -279,9 +255,9 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
 
     base: x without the bend of the step before, or None; written over.
     """
-    size = length(torch, changes[0])
+    size = length(TENSORS, changes[0])
     removed = torch.sub(x, denoised, alpha=settle.alpha).mul_(changes[0])
-    along = measure.total(torch, removed, x.dtype) / settle.alpha
+    along = measure.total(TENSORS, removed, x.dtype) / settle.alpha
     del removed
     found = torch.zeros_like(denoised)
     for change, weight in zip(changes, settle.changes):
@@ -290,7 +266,7 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
         found.add_(torch.sub(base, x, out=base), alpha=1.0 / settle.alpha)
     # J = |v|^2 / <v, D - y> in [0, 1] with v = -slope R_0.
     slope = (settle.slope * size * size / along.clamp(min=TINY)).clamp_(max=1.0) * (along > 0)
-    far = length(torch, found) / (settle.slope * size).clamp_(min=TINY)
+    far = length(TENSORS, found) / (settle.slope * size).clamp_(min=TINY)
     gain = settle.share * slope / (1.0 + far * far)
     return torch.addcmul(denoised, found, gain.to(denoised.dtype), out=found)
 

@@ -33,13 +33,16 @@ def sample(model, x, sigmas, **kw):
 def trust(denoised, newest, before, ratio=1.0, common=1.0):
     step = Step(1.0, 0.0, (), 0.0, ratio=ratio, common=common)
     as_tensor = lambda v: torch.tensor([v], dtype=torch.float64)
-    of = lambda **kw: _trust(step, by(step, **kw), as_tensor(denoised), [as_tensor(newest), as_tensor(before)])[0]
-    assert of(floats=True) == pytest.approx(of().item(), rel=1e-14, abs=1e-14)
-    return of().item()
+    d, changes = as_tensor(denoised), [as_tensor(newest), as_tensor(before)]
+    found = _trust(measure.TENSORS, step, by(step), d, changes)[0].item()
+    for m in (measure.Floats(d), measure.Arrays(d)):
+        value = np.squeeze(_trust(m, step, by(step, floats=True), d, changes)[0])
+        assert float(value) == pytest.approx(found, rel=1e-14, abs=1e-14)
+    return found
 
 
 def by(step, **kw):
-    """The step's numbers as tensors, for states of two dimensions."""
+    """The step's numbers for states of two dimensions, as tensors or as floats."""
     return measure.numbers(Plan(np.array([1.0, 0.0]), (step,), (1,), 1), 2, torch.float64, torch.device("cpu"), **kw)[0]
 
 
@@ -110,15 +113,20 @@ def test_full_trust_is_the_plan_that_does_not_adapt():
 
 @pytest.mark.parametrize("process, schedule", [("ve", karras), ("flow", flow_schedule)])
 @pytest.mark.parametrize("kw", [{}, {"eta": 1.0, "noise_scale": "sde_5"}, {"order": 1}, {"order": 4, "corrector": False}])
-def test_a_picture_alone_on_the_cpu_is_the_one_in_a_batch(process, schedule, kw):
-    """Its numbers are floats, those of a batch tensors, as a single one's are on a device."""
-    x = gaussian(0.5, 0.3, dim=16, process=process).start(3, 14.6 if process == "ve" else 1.0,
-                                                           torch.Generator().manual_seed(0))
-    model = lambda x, sigma: torch.tanh(x.flip(-1) / (0.3 + sigma[:, None]))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_picture_of_a_batch_is_the_picture_alone(process, schedule, kw, dtype, monkeypatch):
+    """Bit for bit on the CPU, whose numbers are floats; to rounding with those of a device, which are tensors."""
+    model = lambda x, sigma: torch.tanh(x.flip(-1) / (0.3 + sigma.reshape(-1, 1, 1, 1)))
     for steps in (2, 3, 4, 6, 10, 16):
-        run = lambda x: ersde.sample_er_sde(model, x, schedule(steps), disable=True, process=process,
+        sigmas = schedule(steps).to(dtype)
+        start = (torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(steps)) * sigmas[0].float()).to(dtype)
+        run = lambda x: ersde.sample_er_sde(model, x, sigmas, disable=True, process=process,
                                             noise_sampler=lambda s, t: torch.ones_like(x), **{"eta": 0.0, **kw})
-        torch.testing.assert_close(torch.cat([run(x[i:i + 1]) for i in range(3)]), run(x), rtol=1e-11, atol=1e-12)
+        both = run(start)
+        assert torch.equal(torch.cat([run(start[i:i + 1]) for i in range(3)]), both)
+        with monkeypatch.context() as patch:
+            patch.setattr(measure, "kind", lambda x: measure.TENSORS)
+            torch.testing.assert_close(run(start), both, rtol=0, atol=200 * torch.finfo(dtype).eps)
 
 
 def exponential(steps):
@@ -272,9 +280,9 @@ def measured(model, x, sigmas, **kw):
     """The run's 1 / v at each evaluation that corrects a long step."""
     found = []
 
-    def spy(amend, *args):
-        out = amended(amend, *args)
-        found.append(out[3])
+    def spy(m, amend, *args):
+        out = amended(m, amend, *args)
+        found.append(torch.as_tensor(out[3]))
         return out
 
     with pytest.MonkeyPatch.context() as patch:
@@ -308,7 +316,7 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
     numbers = by(Step(1.0, 0.0, (), 0.0, amend=amend))
     change = torch.randn(2, 16, dtype=torch.float64)
     changes = [change.clone()]
-    out, denoised, _, inverse, _ = amended(amend, numbers, x, x, -0.2 * x, changes, [100.0 * change],
+    out, denoised, _, inverse, _ = amended(measure.TENSORS, amend, numbers, x, x, -0.2 * x, changes, [100.0 * change],
                                              1.0 / amend.factor, (), None)
     assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
     torch.testing.assert_close(out - x, change * at(curve, 0.5))
@@ -353,8 +361,9 @@ def test_the_length_of_the_noise_tells_the_mean_variance(process, scale, s_noise
         """Of e at both ends; the score of the start has the factor 1."""
         old = None if before is None else before.norm(dim=1, keepdim=True)
         now, turn = now.norm(dim=1, keepdim=True) / amend.factor, 1.0 / amend.factor
-        found = measure.mean_slope(torch, amend, n, now, turn, old)
-        alone = measure.mean_slope(measure.FLOATS, amend, n, now[0].item(), turn, None if old is None else old[0].item())
+        found = measure.mean_slope(measure.TENSORS, amend, n, now, turn, old)
+        first = None if old is None else old[0].item()
+        alone = measure.mean_slope(measure.Floats(now[:1]), amend, n, now[0].item(), turn, first)
         assert alone == pytest.approx(found[0].item(), rel=1e-12)
         return found
 
@@ -397,7 +406,8 @@ def test_the_last_correction_counts_what_it_does_to_itself(std, k):
     last = dataclasses.replace(amend, limit=Limit(1e9, 1.0, 0.0))        # room without end: no limit
     for used, factor in ((amend, 1.0), (last, 1.0 - k * j ** 3)):
         numbers = by(Step(1.0, 0.0, (), 0.0, amend=used))
-        out, denoised, _, inverse, _ = amended(used, numbers, x, x, j * x, [change.clone()], [before.clone()],
+        out, denoised, _, inverse, _ = amended(measure.TENSORS, used, numbers, x, x, j * x, [change.clone()],
+                                                 [before.clone()],
                                                  1.0 / used.factor, (), None)
         torch.testing.assert_close(inverse, torch.full_like(inverse, 1.0 / v))
         torch.testing.assert_close(out - x, k * change / factor)
@@ -467,25 +477,25 @@ def test_without_a_variance_the_bend_is_the_lines_and_fades_as_the_change_falls(
     newest = torch.tensor([[0.0, 1.0]] * 4, dtype=torch.float64)
     before = torch.tensor([[0.1, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
     inverse = torch.tensor([[0.0], [0.0], [0.0], [1e9]], dtype=torch.float64)
-    sure, _, by_law, _ = measure.correction(by(step), inverse)
+    sure, _, by_law, _ = measure.correction(measure.TENSORS, by(step), inverse)
     law = by_law, sure
-    weight, size, length = solver._reach(step, by(step), denoised, [newest, before], law, None)
+    weight, size, length = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)
     line = 0.4 / (1.0 + 0.5 * 0.25)
     assert size.flatten().tolist() == [2.0] * 4 and length.flatten().tolist() == [1.0] * 4
     assert weight.flatten().tolist() == pytest.approx([line / (1.0 + 0.05 ** 4), line / 2.0, line / 10001.0, line])
     known = before.norm(dim=1, keepdim=True)                    # |R_1|, as the step before has measured it
-    assert torch.equal(solver._reach(step, by(step), denoised, [newest, None], law, known)[0], weight)
-    alone = by(step, floats=True)
+    assert torch.equal(solver._reach(measure.TENSORS, step, by(step), denoised, [newest, None], law, known)[0], weight)
+    floats, m = by(step, floats=True), measure.Floats(denoised[:1])
     for i in range(4):
-        sure, _, by_law, _ = measure.correction(alone, inverse[i].item())
+        sure, _, by_law, _ = measure.correction(m, floats, inverse[i].item())
         one = [value[i:i + 1] for value in (denoised, newest, before)]
-        assert solver._reach(step, alone, one[0], one[1:], (by_law, sure), None) == pytest.approx(
+        assert solver._reach(m, step, floats, one[0], one[1:], (by_law, sure), None) == pytest.approx(
             (weight[i].item(), 2.0, 1.0), rel=1e-14)
     step = dataclasses.replace(step, bend=(0.1,))
-    found = solver._reach(step, by(step), denoised, [newest, before], law, None)[0]
+    found = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)[0]
     assert found[3].item() == pytest.approx(0.3 * 0.8, rel=1e-6)
     alone = dataclasses.replace(step, bend=(), ratio=0.0)       # after lambda = infinity there is no line
-    found = solver._reach(alone, by(alone), denoised, [newest], law, None)[0].flatten().tolist()
+    found = solver._reach(measure.TENSORS, alone, by(alone), denoised, [newest], law, None)[0].flatten().tolist()
     assert found[:3] == [0.0] * 3 and found[3] == pytest.approx(0.24, rel=1e-6)
 
 
@@ -500,8 +510,8 @@ def test_the_evaluation_follows_the_correction(process, std):
     x = model.start(3, sigmas[0].item(), torch.Generator().manual_seed(0))
     seen = []
 
-    def spy(amend, *args):
-        out = amended(amend, *args)
+    def spy(m, amend, *args):
+        out = amended(m, amend, *args)
         seen.append((out[0].clone(), out[1], args[3]))
         return out
 

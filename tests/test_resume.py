@@ -10,7 +10,7 @@ from problems import flow_schedule, gaussian, karras, rms, separated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ersde
-from ersde import NOISE_SCALES, PRESETS, History, solver
+from ersde import NOISE_SCALES, PRESETS, History, measure
 from ersde.noise_scale import get_noise_scale
 from ersde.process import get_process
 from ersde.weights import METHODS, make_plan
@@ -214,10 +214,12 @@ def test_parts_of_a_picture_alone(process, preset):
     model, x, sigmas = problem(process)
     x = x[:1]
     assert torch.equal(in_parts(model, x, sigmas, preset, (2, 4, 7)), sample(model, x, sigmas, preset))
-    for there, value in ((True, torch.full((1, 1), 0.5)), (False, 0.5)):
-        here = solver._as(there, value, x.float())
-        assert isinstance(here, float) == there and solver._as(not there, here, x.float()) == value
-        assert solver._as(there, here, x) is here and solver._as(there, None, x) is None
+    forms = {"floats": 0.5, "array": np.full((1, 1), 0.5), "tensor": torch.full((1, 1), 0.5)}
+    for m, form in ((measure.Floats(x), float), (measure.Arrays(x), np.ndarray), (measure.TENSORS, torch.Tensor)):
+        assert m.take(None, x) is None
+        for value in forms.values():
+            here = m.take(value, x)
+            assert isinstance(here, form) and here == value
 
 
 class Dtypes(TorchDispatchMode):
