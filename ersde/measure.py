@@ -23,6 +23,7 @@ Number = Union[float, np.ndarray, Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
+_AS_IT_IS = contextlib.nullcontext()
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
@@ -32,7 +33,10 @@ class Tensors:
     addcmul, addcdiv, div, where = map(staticmethod, (torch.addcmul, torch.addcdiv, torch.div, torch.where))
     maximum, minimum, clamp, sqrt = map(staticmethod, (torch.maximum, torch.minimum, torch.clamp, torch.sqrt))
     floats = False
-    quiet = contextlib.nullcontext()
+
+    def quiet(self):
+        """Where what is divided by 0 gets the infinity that is meant, and no warning."""
+        return _AS_IT_IS
 
     def read(self, value: Tensor) -> Number:
         """A tensor of one number per picture as such numbers."""
@@ -77,7 +81,9 @@ class Floats:
     # A NaN stays one, as it does in torch.
     clamp = staticmethod(lambda a, min, max=math.inf: min if a < min else max if a > max else a)
     floats = True
-    quiet = contextlib.nullcontext()
+
+    def quiet(self):
+        return _AS_IT_IS
 
     def __init__(self, x: Tensor):
         self.weight = torch.empty((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device="cpu")
@@ -113,10 +119,8 @@ class Arrays(Floats):
     div, where, maximum, minimum, sqrt = map(staticmethod, (np.divide, np.where, np.maximum, np.minimum, np.sqrt))
     clamp = staticmethod(lambda a, min, max=None: np.maximum(a, min) if max is None else np.minimum(np.maximum(a, min), max))
 
-    def __init__(self, x):
-        super().__init__(x)
-        # What is divided by 0 gets the infinity that is meant, and no warning.
-        self.quiet = np.errstate(all="ignore")
+    def quiet(self):
+        return np.errstate(all="ignore")
 
     def read(self, value):
         return value.numpy().astype(np.float64)

@@ -108,7 +108,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             changes.insert(0, denoised - newest)
         newest = None
         step, by, trust, reach = now.steps[i - first], by_step[i - first], None, None
-        with m.quiet:
+        with m.quiet():
             if step.amend is not None:
                 before, score, turn, factor = [score], None, factor / step.amend.factor, step.amend.factor
                 x, denoised, score, inverse, law = _amended(m, step.amend, by, x, seen, denoised, changes, before, turn,
