@@ -185,6 +185,7 @@ def _amended(m, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Te
     corrected evaluation.
 
     Args:
+        m: the run's kind of numbers, see `ersde.measure.kind`; `by` has the step's in it.
         seen: the state that the model saw, x but for rounding, which counts where lambda is small.
         past: `_score` of the step's start, its only holder, which is emptied; None for 0, at lambda = infinity.
         turn: its 1 / (alpha lambda^2) over that of now.
