@@ -82,12 +82,12 @@ class Floats:
     clamp = staticmethod(lambda a, min, max=math.inf: min if a < min else max if a > max else a)
     floats = True
 
-    def quiet(self):
-        return _AS_IT_IS
-
     def __init__(self, x: Tensor):
         self.weight = torch.empty((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device="cpu")
         self.cell = self.weight.numpy()
+
+    def quiet(self):
+        return _AS_IT_IS
 
     def read(self, value):
         return value.numpy().item()
