@@ -4,7 +4,8 @@
 
 The model and the noise return tensors made beforehand, so every operation counted is the sampler's own.  Operations are
 the outermost aten calls that the torch profiler sees in a whole run, over its steps; a read-back is a call that brings a
-number from the device to Python (item, a branch on a tensor).  Times are medians over the repeats, which take the samplers
+number from the device to Python (item, a branch on a tensor; not numpy's look at the CPU's own memory, for which nothing is
+waited for, and which has two operations that do nothing).  Times are medians over the repeats, which take the samplers
 in turns, with the 95 % interval of the median by bootstrap; the ratios are what to read on a machine with other work.
 
 Every repeat is two runs over a schedule that no repeat before had: the first makes what depends on the schedule, the second,

@@ -78,7 +78,7 @@ class History:
             plan = make(sigmas, etas)
         else:
             known, wide = past.memory, x.to(torch.promote_types(x.dtype, torch.float32))
-            like = lambda one: one.to(wide) if isinstance(one, torch.Tensor) else one       # None, or a float
+            like = lambda one: one.to(wide) if isinstance(one, torch.Tensor) else one       # None, or floats
             memory = Memory(like(known.x), known.newest.to(x.device), [change.to(x.device) for change in known.changes],
                             like(known.base), like(known.score), [like(weight) for weight in known.bent],
                             like(known.inverse), known.factor)

@@ -44,7 +44,8 @@ class Tensors:
 
     def take(self, value: Optional[Number], x: Tensor) -> Optional[Number]:
         """Numbers that another run left, in whatever form."""
-        return value if value is None or isinstance(value, Tensor) else torch.as_tensor(value).to(x)
+        # The dtype first: Apple's GPUs have no float64.
+        return value if value is None or isinstance(value, Tensor) else torch.as_tensor(value, dtype=x.dtype).to(x.device)
 
     def add_(self, x: Tensor, change: Tensor, weight: Number, value: float = 1.0) -> Tensor:
         """x += value * weight * change"""
@@ -71,6 +72,10 @@ class Floats:
     """Numbers of a picture alone on the CPU.
 
     A weight gets into an operation by the one tensor that is kept for it: what is asked of the CPU is done at once.
+
+    Attributes:
+        weight: that tensor, shape (batch, 1, ...), of the state's dtype.
+        cell: numpy's view of it.
     """
 
     addcmul = staticmethod(lambda a, b, c, value=1.0: a + value * b * c)
@@ -131,7 +136,10 @@ class Arrays(Floats):
         return np.full(self.cell.shape, value) if isinstance(value, float) else self.read(value.cpu())
 
 
-def kind(x: Tensor) -> Union[Tensors, Floats]:
+Kind = Union[Tensors, Floats]
+
+
+def kind(x: Tensor) -> Kind:
     """The numbers of a run with such a state."""
     if x.device.type != "cpu":
         return TENSORS
@@ -201,7 +209,7 @@ def rest(ndim: int) -> Tuple[int, ...]:
     return tuple(range(1, ndim))
 
 
-def length(m: Union[Tensors, Floats], x: Tensor) -> Number:
+def length(m: Kind, x: Tensor) -> Number:
     """Euclidean norm of each picture, float32 or wider."""
     if x.ndim == 1:
         return m.read(x.abs().to(torch.float32) if x.dtype in HALF else x.abs())
@@ -209,17 +217,17 @@ def length(m: Union[Tensors, Floats], x: Tensor) -> Number:
     return m.read(torch.linalg.vector_norm(x, 2, rest(x.ndim), True, dtype=wide))
 
 
-def total(m: Union[Tensors, Floats], x: Tensor, dtype: Optional[torch.dtype] = None) -> Number:
+def total(m: Kind, x: Tensor, dtype: Optional[torch.dtype] = None) -> Number:
     """Sum over each picture."""
     return m.read(x.to(dtype or x.dtype) if x.ndim == 1 else x.sum(dim=rest(x.ndim), keepdim=True, dtype=dtype))
 
 
-def inverse_variance(m, by: Numbers, amend: Amend, along: Number, size: Number) -> Number:
+def inverse_variance(m: Kind, by: Numbers, amend: Amend, along: Number, size: Number) -> Number:
     """1 / v of each picture, 0 where there is none, from <R_0, e_0 - e_1> without its factor and |R_0|."""
     return m.clamp(m.addcdiv(by.zero, along, m.clamp(size * size, min=TINY), value=amend.factor), 0.0, _SURE)
 
 
-def correction(m, by: Numbers, inverse: Number) -> Tuple[Number, Number, Number, Number]:
+def correction(m: Kind, by: Numbers, inverse: Number) -> Tuple[Number, Number, Number, Number]:
     """By 1 / v: whether there is a v, alpha k of the correction, the step's own bend, v / (v + level), the slope of D."""
     sure = inverse > by.zero
     used = m.where(sure, inverse, by.usual)
@@ -228,14 +236,14 @@ def correction(m, by: Numbers, inverse: Number) -> Tuple[Number, Number, Number,
     return sure, weight, by_law, sure / m.addcmul(by.one, inverse, by.level)
 
 
-def _curve(m, one: Number, curve: Tuple, inverse: Number) -> Number:
+def _curve(m: Kind, one: Number, curve: Tuple, inverse: Number) -> Number:
     """f(v), see `ersde.weights.Curve`."""
     start, end, scale, top, steep, bottom, deep = curve
     q = m.sqrt(m.div(m.addcmul(start, inverse, end), m.addcmul(one, inverse, scale)))
     return m.div(m.addcmul(top, q, steep), m.addcmul(bottom, q, deep))
 
 
-def mean_slope(m, amend: Amend, count: int, now: Number, turn: float, old: Optional[Number]) -> Number:
+def mean_slope(m: Kind, amend: Amend, count: int, now: Number, turn: float, old: Optional[Number]) -> Number:
     """v / (v + level) of the mean over all directions, see `ersde.weights.Limit`.
 
     Args:
@@ -256,8 +264,8 @@ def mean_slope(m, amend: Amend, count: int, now: Number, turn: float, old: Optio
     return m.div(room, m.clamp(room + m.clamp(gain, min=0.0) * level, min=TINY))
 
 
-def reach(m, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number, before: Optional[Number]
-          ) -> Number:
+def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number,
+          before: Optional[Number]) -> Number:
     """The weight on R_0 of a long step's bend.
 
     Args:
@@ -276,7 +284,7 @@ def reach(m, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number
     return m.where(sure, m.maximum(by_law, by_line), by_line / fall)
 
 
-def trust(m, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:
+def trust(m: Kind, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:
     """theta = clamp(2 - m^2, 0, 1) / (1 + s^2), m and s made fair to fresh noise (see `ersde.weights`).
 
     Args:

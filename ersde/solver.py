@@ -14,7 +14,7 @@ import torch
 
 from . import measure
 from .errors import check_tensor_like
-from .measure import HALF, TENSORS, TINY, Number, Numbers, length, like, numbers
+from .measure import HALF, TENSORS, TINY, Kind, Number, Numbers, length, like, numbers
 from .weights import MAX_ORDER, Amend, Plan, Settle, Step
 
 Tensor = torch.Tensor
@@ -178,7 +178,7 @@ def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
     return torch.sub(x, like(denoised, x), alpha=alpha)
 
 
-def _amended(m, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
+def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
              past: List[Optional[Tensor]], turn: float, bent: Sequence[Number], known: Optional[Number]
              ) -> Tuple[Tensor, Tensor, Tensor, Number, Tuple[Number, Number]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
@@ -222,7 +222,7 @@ def _amended(m, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Te
     return found.add_(x), denoised, score, inverse, (by_law, sure)
 
 
-def _reach(m, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Number, Number],
+def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Number, Number],
            before: Optional[Number]) -> Tuple[Number, Number, Number]:
     """The weight on R_0 of a long step's bend, |D_0| and |R_0|.
 
@@ -236,14 +236,14 @@ def _reach(m, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tenso
     return measure.reach(m, by, step, *law, far, newest, before), far, newest
 
 
-def _trust(m, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor]) -> Tuple[Number, Number, Number]:
+def _trust(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor]) -> Tuple[Number, Number, Number]:
     """The trust in a step's bend, |D_0| and |R_0|."""
     far, newest = length(m, denoised), m.clamp(length(m, changes[0]), min=TINY)
     miss = None if step.ratio == 0.0 else length(m, torch.sub(changes[0], changes[1], alpha=step.ratio))
     return measure.trust(m, by, step, far, newest, miss), far, newest
 
 
-def _bent(m, x: Tensor, changes: Sequence[Tensor], bend: Sequence[float], trust: Number) -> Tensor:
+def _bent(m: Kind, x: Tensor, changes: Sequence[Tensor], bend: Sequence[float], trust: Number) -> Tensor:
     """x + trust * sum of bend_j R_j, a new tensor of x's dtype."""
     out = m.add(x, like(changes[0], x), trust, bend[0])
     for change, weight in zip(changes[1:], bend[1:]):

@@ -220,6 +220,7 @@ def test_parts_of_a_picture_alone(process, preset):
         for value in forms.values():
             here = m.take(value, x)
             assert isinstance(here, form) and here == value
+            assert form is not torch.Tensor or here.dtype == x.dtype
 
 
 class Dtypes(TorchDispatchMode):
