@@ -48,9 +48,8 @@ SCHEDULES = {"ve": ("karras", "exponential", "simple", "beta", "align your steps
              "flow": ("shift 3", "shift 1", "beta")}
 GUIDANCE = (1.0, 7.5, 4.0, 12.0)
 ORDERS = (1, 2, 3, 4)
-# Steps of the full grid on the network, by guidance (a guided call costs twice), and on the mixtures; of the lambda rows.
-NETWORK_STEPS = {1.0: (5, 8, 15, 30), 7.5: (5, 8, 15), 4.0: (5, 8, 15), 12.0: (6, 12)}
-MIXTURE_STEPS = (4, 6, 8, 10, 15, 30, 50)
+# Steps of the full grid, and of the lambda rows on all schedules: of the network by guidance (a guided call costs twice).
+STEPS = (4, 6, 8, 10, 15, 20, 30, 50)
 NETWORK_LAMBDA = {1.0: (6, 12), 7.5: (6, 12)}
 MIXTURE_LAMBDA = (5, 8, 20)
 MIXTURE_COUNT = 32
@@ -263,9 +262,9 @@ def ratios(errors: Dict[str, float]) -> Dict[str, float]:
 
 
 def _steps_of(problem: str, guidance: float, full: bool) -> Sequence[int]:
-    if problem == "network":
-        return NETWORK_STEPS.get(guidance, (5, 8, 15)) if full else NETWORK_LAMBDA.get(guidance, ())
-    return MIXTURE_STEPS if full else MIXTURE_LAMBDA
+    if full:
+        return STEPS
+    return NETWORK_LAMBDA.get(guidance, ()) if problem == "network" else MIXTURE_LAMBDA
 
 
 def cells(steps: Optional[Sequence[int]] = None, guidance: Optional[Sequence[float]] = None,
@@ -326,9 +325,12 @@ def stochastic() -> List[dict]:
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
+SOLVER = ("weights.py", "measure.py", "solver.py")
+
+
 def _digest() -> str:
     folder = Path(ersde.__file__).parent
-    return hashlib.sha256(b"\0".join((folder / n).read_bytes() for n in ("weights.py", "solver.py"))).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join((folder / n).read_bytes() for n in SOLVER)).hexdigest()[:16]
 
 
 DIGEST = _digest()          # of what was imported, whatever becomes of the files
@@ -442,9 +444,9 @@ def report(done: List[dict], noisy: List[dict], settings: Settings, planned: int
     """The Markdown tables."""
     lines = [
         "# Interpolation variable, order, corrector and trust rule", "", f"    {command}", "",
-        f"torch {torch.__version__}, one thread; `ersde/weights.py` and `ersde/solver.py` have the digest {DIGEST}; "
-        f"{len(done)} of {planned} planned cells. The ODE member: RMS error to a fine solution over `comfyui`'s (order 3) "
-        f"on the same schedule, the mean over pictures of each one's RMS. Network: the trained denoiser in float32, "
+        f"torch {torch.__version__}, one thread; the solver has the digest {DIGEST}; {len(done)} of {planned} planned "
+        "cells. The ODE member: RMS error to a fine solution over `comfyui`'s (order 3) on the same schedule, the mean over "
+        "pictures of each one's RMS; those with noise are in `members.md`. Network: the trained denoiser in float32, "
         f"N = {settings.count} pictures, fine solution by order 2 in lambda without corrector, {settings.fine_steps} steps "
         f"over the whole range of sigma. Mixtures: digits (every {settings.digits_stride}th is a component) and separated "
         f"(no guidance), float64, N = {settings.mixture_count}, fine solution by RK4.", "",
@@ -453,8 +455,7 @@ def report(done: List[dict], noisy: List[dict], settings: Settings, planned: int
         "Order 1 without corrector is the same in every variable.", "",
         "Thinned: the full grid is measured on one schedule per process, guidance and number of steps, the schedules taking "
         "turns, so that every row has the same cells, and no column compares schedules. The rows in lambda are also "
-        "measured on the other schedules, in the tables by schedule. Steps that a table's head does not name were not "
-        "measured: on the network none beyond 30 without guidance, and with guidance few beyond 10."]
+        "measured on the other schedules, in the tables by schedule, with the steps and the guidance that these name."]
     for title, full, network in (("Network, full grid", True, True), ("Mixtures, full grid", True, False),
                                  ("Network, lambda, by schedule", False, True),
                                  ("Mixtures, lambda, by schedule", False, False)):

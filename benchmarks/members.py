@@ -1,0 +1,234 @@
+"""The choice of the interpolation variable, the order, the corrector and the trust rule for the members with noise.
+
+    python -m benchmarks.members [--quick] [--out DIR] [--steps N ...] [--guidance G ...]
+
+benchmarks/variables.py measures the ODE member by the error of each picture; this measures every member with noise by the
+law of all its pictures, which a sample tells only roughly.  So the data are Gaussian: pictures whose pixels are of four
+kinds, of the standard deviations `CLASS` around `MEAN`, of which the unconditional model knows `ALL` around 0.  The guided
+denoiser D = D_all + w (D_class - D_all) is then linear in x, and a run's result in independent standard normals; the
+solver runs on their coefficients, exactly, with norms that are those of a picture of infinitely many pixels.  The exact law
+comes from the differential equations of its mean and variance (`exact`).
+
+The figure of a run is the Frechet distance to it at the last positive sigma, the root of the sum over the kinds of the
+squared differences of mean and deviation, over that of ComfyUI's formulas (order 3) on the same schedule, which start a
+flow at 0.9999.  Every (variable, order, corrector, adapt), member, guidance, process, schedule and number of steps.
+
+DIR gets members.md and members.json.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from tqdm import tqdm
+
+from ersde.noise_scale import get_noise_scale
+from ersde.process import get_process
+from ersde.solver import run as run_plan
+
+from . import variables
+from .variables import COMFYUI, DEFAULT, DIVERGED, GUIDANCE, ORDERS, SCHEDULES, STEPS, VARIABLES, Row, grid, summary
+
+Tensor = torch.Tensor
+# Noise scale and eta.
+MEMBERS = (*((f"sde{n}", 1.0) for n in ("", "_1", "_2", "_3", "_4", "_5")), ("sde_5", 0.5))
+CLASS, MEAN = np.array([0.03, 0.1, 0.3, 0.6]), np.array([0.02, 0.1, 0.3, 0.6])
+ALL = np.hypot(CLASS, MEAN)         # the classes lie around 0
+FAR = 1e6                           # a lambda at which a picture has no part in the state
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A member under a process and a guidance, on a schedule."""
+
+    process: str
+    guidance: float
+    member: str
+    eta: float
+    schedule: str
+    steps: int
+
+    def sigmas(self) -> Tensor:
+        """Down to the last positive sigma."""
+        return variables.schedule(self.schedule, self.process, self.steps)[:-1]
+
+    @property
+    def name(self) -> str:
+        """For the bar."""
+        return (f"{self.process} / guidance {self.guidance:g} / {self.member} eta {self.eta:g} / {self.schedule} / "
+                f"{self.steps} steps")
+
+
+def cells(steps: Sequence[int] = STEPS, guidance: Sequence[float] = GUIDANCE,
+          members: Sequence[tuple] = MEMBERS) -> List[Cell]:
+    """All of them."""
+    return [Cell(process, scale, member, eta, kind, n) for process, kinds in SCHEDULES.items()
+            for scale, (member, eta), kind, n in itertools.product(guidance, members, kinds, steps)]
+
+
+def denoiser(lam, guidance: float) -> Tuple[np.ndarray, np.ndarray]:
+    """A and B of D = A y + B for y = x / alpha, of each kind; lam a number."""
+    lam2 = np.float64(lam) ** 2
+    of_class, of_all = CLASS ** 2 / (CLASS ** 2 + lam2), ALL ** 2 / (ALL ** 2 + lam2)
+    return of_all + guidance * (of_class - of_all), guidance * (1 - of_class) * MEAN
+
+
+@functools.lru_cache(64)
+def exact(process: str, guidance: float, member: str, eta: float):
+    """(lambda) -> mean and deviation of y of each kind, shape (4,).
+
+    With r = eta dlog g / dlog lambda, n = mean / lambda, W = variance / lambda^2, and D = A y + B, the member's reverse-time
+    SDE dy = (1 + r) (y - D) dlog lambda + noise, of variance 2 r lambda^2 for a step of -dlog lambda, gives
+
+        dn / dlog lambda = r n - (1 + r) (A n + B / lambda),    dW / dlog lambda = 2 r (W - 1) - 2 (1 + r) A W.
+    """
+    scale = get_noise_scale(member)
+    start = variables.HIGH[process] if process == "ve" else FAR
+
+    def slope(u, state):
+        at = np.exp(u + np.array([-1e-4, 1e-4]))
+        r = eta * float(np.diff(scale.log_g_array(at))[0]) / 2e-4
+        a, b = denoiser(np.exp(u), guidance)
+        n, w = state.reshape(2, -1)
+        return np.concatenate((r * n - (1 + r) * (a * n + b * np.exp(-u)), 2 * r * (w - 1) - 2 * (1 + r) * a * w))
+
+    first = np.concatenate((MEAN / start, 1 + (CLASS / start) ** 2))
+    # As far as the lowest sigma of any schedule.
+    found = solve_ivp(slope, (math.log(start), math.log(1e-4)), first, "LSODA", rtol=1e-9, atol=1e-11, dense_output=True)
+    if not found.success:
+        raise RuntimeError(f"no exact law of {member}, guidance {guidance:g}: {found.message}")
+
+    def law(lam: float) -> Tuple[np.ndarray, np.ndarray]:
+        n, w = found.sol(math.log(lam)).reshape(2, -1)
+        return n * lam, np.sqrt(w) * lam
+
+    return law
+
+
+def result(row: Row, cell: Cell) -> Tuple[np.ndarray, np.ndarray]:
+    """The mean and the deviation of y of each kind at the end of a run, shape (4,)."""
+    process, kinds, sigmas = get_process(cell.process), len(MEAN), cell.sigmas()
+    if row.variable is None and cell.process == "flow":
+        sigmas[0] = 0.9999          # as ComfyUI does
+    steps, first = len(sigmas) - 1, sigmas[0].item()
+    alpha = float(process.alpha(np.array([first]))[0])
+    # Of each kind: the mean, the weight of the start's normal, and that of each step's.
+    state = torch.zeros(1, kinds, steps + 2, dtype=torch.float64)
+    state[0, :, 0] = torch.from_numpy(alpha * MEAN)
+    state[0, :, 1] = torch.from_numpy(np.hypot(alpha * CLASS, first))
+
+    def model(x, sigma):
+        at = np.array([sigma[0].item()])
+        alpha = float(process.alpha(at)[0])
+        if alpha == 0:              # D does not know the state
+            a, b = np.zeros(kinds), denoiser(math.inf, cell.guidance)[1]
+        else:
+            a, b = denoiser(process.lam(at)[0], cell.guidance)
+            a = a / alpha
+        out = torch.from_numpy(a)[:, None] * x
+        out[0, :, 0] += torch.from_numpy(b)
+        return out
+
+    def noise(i):
+        out = torch.zeros_like(state)
+        out[0, :, i + 2] = 1.0
+        return out
+
+    x = run_plan(row.plan(sigmas, cell.process, cell.member, cell.eta), model, state, sigmas, noise, {}, None, True)[0]
+    alpha = float(process.alpha(sigmas[-1:].numpy())[0])
+    return x[:, 0].numpy() / alpha, x[:, 1:].norm(dim=1).numpy() / alpha
+
+
+def measure(cell: Cell, rows: Sequence[Row]) -> dict:
+    """One cell: ComfyUI's distance and every row's over it."""
+    low = get_process(cell.process).lam(cell.sigmas()[-1:].numpy())[0]
+    mean, deviation = exact(cell.process, cell.guidance, cell.member, cell.eta)(low)
+    found: Dict[str, float] = {}
+    for row in rows:
+        try:
+            own = result(row, cell)
+            found[row.name] = float(np.hypot(np.linalg.norm(own[0] - mean), np.linalg.norm(own[1] - deviation)))
+        except FloatingPointError:
+            found[row.name] = math.inf
+    base = found[COMFYUI.name]
+    return {**dataclasses.asdict(cell), "comfyui": base,
+            "ratio": {name: min(value / base, DIVERGED) for name, value in found.items()}}
+
+
+def columns(done: Sequence[dict], what) -> Dict[str, List[dict]]:
+    """The cells by what(cell)."""
+    out: Dict[str, List[dict]] = {}
+    for cell in done:
+        out.setdefault(what(cell), []).append(cell)
+    return out
+
+
+def findings(done: Sequence[dict]) -> str:
+    """The default, its neighbours and the best, from the numbers."""
+    names = [name for name in done[0]["ratio"] if name != COMFYUI.name]
+    found = {name: summary([cell["ratio"][name] for cell in done]) for name in names}
+    said = lambda name: f"{found[name]['mean']:.2f} (worst {found[name]['worst']:.3g})"
+    near = {f"in {v}": dataclasses.replace(DEFAULT, variable=v) for v in VARIABLES if v != DEFAULT.variable}
+    near |= {f"with order {k}": dataclasses.replace(DEFAULT, order=k) for k in ORDERS if k != DEFAULT.order}
+    near |= {"without corrector": dataclasses.replace(DEFAULT, corrector=False),
+             "without what adapts": dataclasses.replace(DEFAULT, adapt=False)}
+    best, safest = (min(names, key=lambda name: (found[name][key], found[name]["mean"])) for key in ("mean", "worst"))
+    return (f"The default, {DEFAULT.name}, is at {said(DEFAULT.name)}; "
+            + ", ".join(f"{words} {said(row.name)}" for words, row in near.items() if row.name in found)
+            + f"; the lowest mean has {best}, {said(best)}, the mildest worst cell {safest}, {said(safest)}.")
+
+
+def report(done: List[dict], command: str) -> str:
+    """The Markdown tables."""
+    member = lambda c: c["member"] if c["eta"] == 1 else f"{c['member']}, eta {c['eta']:g}"
+    parts = {"By guidance and steps": None, "By member": columns(done, member),
+             "By schedule": columns(done, lambda c: f"{c['process']}, {c['schedule']}"),
+             "By steps": columns(done, lambda c: f"{c['steps']} steps")}
+    lines = ["# Interpolation variable, order, corrector and trust rule of the members with noise", "", f"    {command}", "",
+             f"torch {torch.__version__}; the solver has the digest {variables.DIGEST}; {len(done)} cells. Gaussian data of "
+             "four scales: Frechet distance to the exact law over that of `comfyui` (order 3). A number is the geometric "
+             "mean over cells, in brackets the worst cell; a column's head has the number of cells. A larger ratio than "
+             f"{DIVERGED:g}, or a run that became infinite, counts as {DIVERGED:g}."]
+    for title, part in parts.items():
+        lines += ["", f"## {title}", "", *variables._table(done, part)]
+    return "\n".join([*lines, "", "## What it shows", "", findings(done)]) + "\n"
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.members", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="6 and 10 steps, guidance 1 and 7.5")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--steps", type=int, nargs="+", help="steps")
+    parser.add_argument("--guidance", type=float, nargs="+", help="guidance scales; 1 is none")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    stem, command = ("members_quick", "python -m benchmarks.members --quick") if args.quick else \
+        ("members", "python -m benchmarks.members")
+    for name, values in (("steps", args.steps), ("guidance", args.guidance)):
+        command += f" --{name} {' '.join(f'{v:g}' for v in values)}" if values else ""
+    bar, rows = tqdm(cells(args.steps or ((6, 10) if args.quick else STEPS),
+                           args.guidance or ((1.0, 7.5) if args.quick else GUIDANCE))), grid()
+    done = []
+    for cell in bar:
+        bar.set_description(cell.name)
+        done.append(measure(cell, rows))
+    kept = {COMFYUI.name, DEFAULT.name}
+    short = [{**cell, "ratio": {name: value for name, value in cell["ratio"].items() if name in kept}} for cell in done]
+    result = {"command": command, "torch": torch.__version__, "digest": variables.DIGEST,
+              "rows": variables.summaries(done), "cells": short}
+    variables._write(args.out / f"{stem}.json", json.dumps(variables._rounded(result), separators=(",", ":")) + "\n")
+    variables._write(args.out / f"{stem}.md", report(done, command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The benchmark of the members with noise: its cells, the exact law, its figures."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ersde
+from benchmarks import members
+from benchmarks.members import ALL, CLASS, MEAN, MEMBERS, Cell, cells, denoiser, exact, measure, result
+from benchmarks.variables import COMFYUI, DEFAULT, DIVERGED, GUIDANCE, SCHEDULES, STEPS, Row, grid
+from ersde.noise_scale import NOISE_SCALES
+from ersde.presets import PRESETS
+
+CELL = Cell("ve", 4.0, "sde_4", 1.0, "karras", 6)
+
+
+def test_every_combination_is_there_once():
+    plan = cells()
+    assert len(set(plan)) == len(plan) == len(GUIDANCE) * len(MEMBERS) * len(STEPS) * sum(map(len, SCHEDULES.values()))
+    assert {cell.member for cell in plan if cell.eta == 1} == set(NOISE_SCALES) - {"ode"}
+    assert {(cell.process, cell.schedule) for cell in plan} == {(p, s) for p, kinds in SCHEDULES.items() for s in kinds}
+
+
+@pytest.mark.parametrize("process", SCHEDULES)
+@pytest.mark.parametrize("member, eta", MEMBERS)
+def test_the_exact_law_without_guidance_is_the_marginal_of_the_data(process, member, eta):
+    """Every member has the same marginals."""
+    for lam in (5.0, 0.5, 0.01):
+        mean, deviation = exact(process, 1.0, member, eta)(lam)
+        np.testing.assert_allclose(mean, MEAN, rtol=1e-5)
+        np.testing.assert_allclose(deviation, np.hypot(CLASS, lam), rtol=1e-5)
+
+
+@pytest.mark.parametrize("process, order", (("ve", 1.8), ("flow", 0.9)))
+@pytest.mark.parametrize("member", ("sde_5", "sde", "sde_3"))
+def test_the_exact_law_with_guidance_is_what_many_steps_reach(process, order, member):
+    """With the order of the method; in a flow the first step, from lambda = infinity, leaves one of the first."""
+    error = []
+    for steps in (100, 400):
+        cell = Cell(process, 4.0, member, 1.0, SCHEDULES[process][0], steps)
+        at = members.get_process(process).lam(cell.sigmas()[-1:].numpy())[0]
+        own, wanted = result(Row("lambda", 2), cell), exact(process, 4.0, member, 1.0)(at)
+        error.append(np.abs(np.array(own) - np.array(wanted)).max())
+    assert error[1] < error[0] / 4 ** order
+
+
+def test_the_denoiser_is_the_guided_one_of_the_two_models():
+    a, b = denoiser(0.5, 4.0)
+    y = np.array([0.3, -0.2, 1.0, 0.1])
+    of_class = MEAN + CLASS ** 2 / (CLASS ** 2 + 0.25) * (y - MEAN)
+    of_all = ALL ** 2 / (ALL ** 2 + 0.25) * y
+    np.testing.assert_allclose(a * y + b, of_all + 4.0 * (of_class - of_all), rtol=1e-12)
+
+
+def test_the_coefficients_are_what_pictures_show():
+    """The public sampler on a picture of many pixels of each kind, with one normal for each."""
+    count, sigmas = 60_000, CELL.sigmas()
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(1, 4, count, generator=generator, dtype=torch.float64)
+    as_tensor = lambda value: torch.from_numpy(value)[:, None]
+
+    def model(x, sigma):
+        a, b = denoiser(sigma[0].item(), CELL.guidance)
+        return as_tensor(a) * x + as_tensor(b)
+
+    start = as_tensor(MEAN) + as_tensor(np.hypot(CLASS, sigmas[0].item())) * draw()
+    out = ersde.sample_er_sde(model, start, sigmas, noise_scale=CELL.member, eta=CELL.eta,
+                              noise_sampler=lambda *_: draw(), disable=True)[0]
+    mean, deviation = result(DEFAULT, CELL)
+    # Four standard deviations of a mean and of a deviation of as many numbers.
+    np.testing.assert_allclose(out.mean(1), mean, atol=4 * deviation.max() / count ** 0.5)
+    np.testing.assert_allclose(out.std(1), deviation, rtol=4 / (2 * count) ** 0.5)
+
+
+def test_ratios_and_a_run_that_becomes_infinite(monkeypatch):
+    found = measure(CELL, [COMFYUI, DEFAULT])
+    assert found["ratio"][COMFYUI.name] == 1.0 and 0 < found["ratio"][DEFAULT.name] < 2
+    assert (PRESETS["sde_4"].order, PRESETS["sde_4"].corrector) == (DEFAULT.order, DEFAULT.corrector)
+    whole = result
+
+    def infinite(row, cell):
+        if row == DEFAULT:
+            raise FloatingPointError
+        return whole(row, cell)
+
+    monkeypatch.setattr(members, "result", infinite)
+    assert measure(CELL, [COMFYUI, DEFAULT])["ratio"][DEFAULT.name] == DIVERGED
+
+
+def test_a_flow_of_comfyui_starts_below_one(monkeypatch):
+    whole, first = members.run_plan, []
+    monkeypatch.setattr(members, "run_plan", lambda *args: first.append(args[3][0].item()) or whole(*args))
+    cell = Cell("flow", 1.0, "sde_5", 1.0, "shift 3", 6)
+    assert all(np.isfinite(part).all() for row in (COMFYUI, DEFAULT) for part in result(row, cell))
+    assert first == [0.9999, 1.0]
+
+
+def test_the_command_writes_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(members, "MEMBERS", MEMBERS[-1:])
+    monkeypatch.setattr(members, "grid", lambda: grid(("lambda", "rational"), (1, 3)))
+    monkeypatch.setattr(members.cells, "__defaults__", (STEPS, GUIDANCE, MEMBERS[-1:]))
+    members.main(["--steps", "6", "--guidance", "1", "--out", str(tmp_path)])
+    text = (tmp_path / "members.md").read_text()
+    assert "--steps 6 --guidance 1" in text and "| sde_5, eta 0.5 (8) |" in text
+    assert "The default, lambda / 3 / on / on" in text
+    kept = json.loads((tmp_path / "members.json").read_text())
+    assert len(kept["cells"]) == 8 and all(math.isfinite(c["ratio"][DEFAULT.name]) for c in kept["cells"])
