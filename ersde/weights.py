@@ -439,7 +439,7 @@ class Plan:
 
 
 # Steps up to this log length are at full trust.
-_SHORT = 0.15
+_SHORT = 0.05
 # Steps up to this log length take one node more with the corrector; longer ones go by the variance of the data.
 _FULL = 0.5
 # The same where the noise is new by more than a fifth: a high order is of no use there, and the variance is.

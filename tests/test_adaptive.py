@@ -85,7 +85,7 @@ def test_every_picture_has_its_own_trust():
 
 @pytest.mark.parametrize("process", ["ve", "flow"])
 def test_only_long_steps_are_measured(process):
-    lam = np.geomspace(20, 0.05, 61)
+    lam = np.geomspace(20, 0.05, 151)
     made = plan(lam if process == "ve" else lam / (1 + lam), process)
     assert not any(step.bend for step in made.steps)
     lam = np.geomspace(20, 0.05, 12)

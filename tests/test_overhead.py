@@ -19,7 +19,7 @@ def operations(steps, **kw):
 
 
 @pytest.mark.parametrize("order", [1, 3, 5])
-@pytest.mark.parametrize("steps", [45, 80])
+@pytest.mark.parametrize("steps", [150, 250])
 def test_few_operations_and_no_read_back_in_short_steps(order, steps):
     found = operations(steps, order=order)
     assert found["operations"] <= 15

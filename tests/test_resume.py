@@ -160,12 +160,12 @@ def test_other_settings_go_on_from_the_evaluations(change, first):
         return (0.3 * sigma ** 2).reshape(-1, 1).expand(x.shape)
 
     model.process = "ve"
-    sigmas = torch.tensor([2.0, 1.9, 1.8, 1.7, 1.6], dtype=torch.float64)
+    sigmas = torch.tensor([2.0, 1.95, 1.9, 1.85, 1.8], dtype=torch.float64)
     x = torch.ones(1, 1, dtype=torch.float64)
     changed = PRESETS["ode"].replace(**change)
     history = History()
     middle = sample(model, x, sigmas[:4], PRESETS["ode"].replace(**first), history=history)
-    exact = (middle / 1.7 + 0.3 * 1.7) * 1.6 - 0.3 * 1.6 ** 2
+    exact = (middle / 1.85 + 0.3 * 1.85) * 1.8 - 0.3 * 1.8 ** 2
     going_on = rms(sample(model, middle, sigmas[3:], changed, history=history), exact)
     anew = rms(sample(model, middle, sigmas[3:], changed), exact)
     assert anew > 1e-4 and going_on < (1e-12 if changed.order == 3 and changed.method == "exact" else 0.6 * anew)

@@ -165,7 +165,7 @@ def test_orders_ramp_up():
 def test_history_is_bounded(order, corrector):
     """What must be kept beside the newest evaluation: the changes between `order` ones.  With the corrector it is one more,
     and two more in short steps, whose correction takes the predictor back."""
-    assert plan(np.geomspace(10, 0.1, 60), order=order, corrector=corrector).history == order - 1 + 2 * corrector
+    assert plan(np.geomspace(10, 0.1, 120), order=order, corrector=corrector).history == order - 1 + 2 * corrector
     assert plan(np.geomspace(10, 0.1, 20), order=order, corrector=corrector).history == order - 1 + corrector
 
 
