@@ -477,23 +477,40 @@ class Results:
         seeds: the blocks, in order.
         rows: from `sample`.
         folder: where evaluate_measured.jsonl keeps what was measured.
-        device: where the blocks were made.
+        devices: where the blocks were made; a cell is of the first that has its first block.
     """
 
     def __init__(self, cells: Sequence[Cell], seeds: Sequence[Sequence[int]], rows: Dict[str, dict], folder: Path,
-                 device: str = "cpu"):
+                 devices: Sequence[str] = ("cpu",)):
         self.reference, self.blocks, self.path = load_reference(), {}, folder / "evaluate_measured.jsonl"
-        self.device, self.block = device, len(seeds[0])
+        self.made: Dict[str, List[Cell]] = {device: [] for device in devices}
+        self.block = len(seeds[0])
         for cell in cells:
-            found = []
-            for some in seeds:
-                row = rows.get(key_of(cell, some, device))
-                if row is None:
+            for device in devices:
+                found = []
+                for some in seeds:
+                    row = rows.get(key_of(cell, some, device))
+                    if row is None:
+                        break
+                    found.append((some, row))
+                if found:
+                    self.blocks[cell] = found
+                    self.made[device].append(cell)
                     break
-                found.append((some, row))
-            if found:
-                self.blocks[cell] = found
         self.done = quality.load(self.path, "key")
+
+    @property
+    def where(self) -> str:
+        """On what device the cells were made; those of any but the first device by process, calls and sampler."""
+        first, *others = (device for device, cells in self.made.items() if cells)
+        told = [first]
+        for device in others:
+            names: Dict[tuple, List[str]] = {}
+            for cell in self.made[device]:
+                at = names.setdefault((cell.process, cell.calls), [])
+                at += [] if cell.method.name in at else [cell.method.name]
+            told.append(f"on {device} {'; '.join(f'{p}, {n} calls: ' + ', '.join(at) for (p, n), at in names.items())}")
+        return ", but ".join(told)
 
     def count(self, cell: Cell) -> int:
         """How many pictures a cell has."""
@@ -587,7 +604,7 @@ def table(results: Results, found: Dict[str, List[dict]]) -> str:
         f"{floors}; only equal N compare. Intervals are 95 % by bootstrap over the seeds of each class, paired; `better` "
         "and `worse` are said where the whole interval of the difference lies on one side of 0. `kernel` is the difference "
         "of the kernel distances x 1000, which have no floor.", "",
-        f"Sampled on {results.device} in blocks of {results.block}. torch {torch.__version__}, k-diffusion "
+        f"Sampled on {results.where}, in blocks of {results.block}. torch {torch.__version__}, k-diffusion "
         f"{quality._version('k_diffusion')}, azula {quality._version('azula')}; this project's sources have the digest "
         f"{quality._own_source()}. ve: {SCHEDULES['ve']}; flow: {SCHEDULES['flow']}.", ""]
     for question, records in found.items():
@@ -656,7 +673,7 @@ def report(results: Results, folder: Path) -> str:
              for cell in tqdm(results.blocks, desc="measuring", unit="cell")]
     floors = {str(n): results.reference.floor(n)[0] for n in sorted({cell["count"] for cell in cells})}
     text = table(results, found)
-    about = {"torch": torch.__version__, "device": results.device, "block": results.block,
+    about = {"torch": torch.__version__, "device": results.where, "block": results.block,
              "sources": quality._own_source(), "schedules": SCHEDULES, "floor": floors}
     (folder / "evaluate.json").write_text(json.dumps({"about": about, "questions": found, "cells": cells}, indent=1,
                                                      default=float) + "\n", encoding="utf-8")
@@ -691,7 +708,8 @@ def main(argv=None) -> int:
     parser.add_argument("--block", type=int, default=BLOCK, help="seeds of a batch; another size is another set")
     parser.add_argument("--filter", default=SHOWN, metavar="REGEX", help="samplers whose name it finds ('' for all)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evaluate"), help="folder of the results")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the network; each is a set of its own")
+    parser.add_argument("--device", nargs="+", default=["cpu"], choices=("cpu", "cuda"),
+                        help="of the network; each is a set of its own; --report takes a cell from the first that has it")
     parser.add_argument("--sample", action="store_true", help="sample only, no report")
     parser.add_argument("--report", action="store_true", help="report what is finished, sample nothing")
     parser.add_argument("--reference", action="store_true", help="make the file of the real pictures' features, and end")
@@ -703,14 +721,16 @@ def main(argv=None) -> int:
     if "RANK" in os.environ and not dist.is_initialized():
         # A process may have to wait long for the others at the end.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    if args.device == "cuda" and not args.report:
+    if len(args.device) > 1 and not args.report:
+        parser.error("--device: sampling takes one, only --report several")
+    if args.device == ["cuda"] and not args.report:
         if not torch.cuda.is_available():
             parser.error("--device cuda: torch sees no GPU here")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     cells = plan(args.process, args.guidance, args.calls, args.filter)
     seeds = blocks(args.count, args.block)
     items = [(cell, some) for some in seeds for cell in cells]
-    rows, made = (held(args.out), 0) if args.report else sample(items, args.out, device=args.device)
+    rows, made = (held(args.out), 0) if args.report else sample(items, args.out, device=args.device[0])
     first = rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -142,7 +142,7 @@ def guided_network(schedule):
     model.process = "ve"
     x = 14.6 * torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(4))
     ends = schedule(5)
-    fine = torch.cat([torch.logspace(np.log10(ends[0]), np.log10(ends[-2]), 160), torch.zeros(1)])
+    fine = torch.cat([torch.logspace(np.log10(ends[0]), np.log10(ends[-2]), 320), torch.zeros(1)])
     return model, x, sample(model, x, fine, order=2, corrector=False)
 
 
@@ -156,9 +156,10 @@ def over_comfyui(schedule, steps):
 
 
 @pytest.mark.parametrize("schedule", [karras, exponential])
-@pytest.mark.parametrize("steps", [5, 6, 8, 10, 15])
+@pytest.mark.parametrize("steps", [5, 6, 8, 10, 15, 30, 50])
 def test_a_guided_network_is_never_worse_than_comfyui(schedule, steps):
-    """Guidance 7.5, where bend and correction together overshoot: at full trust these runs are up to 3 times worse.
+    """Guidance 7.5, where bend and correction together overshoot: at full trust few steps are up to 3 times worse, and 50 up
+    to 10 times, where it is the order that runs wild.
 
     By more than 5 %, beyond the interval.
     """

@@ -218,3 +218,23 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([*FEW, "--device", "cuda", "--report", "--out", str(tmp_path)])
     assert "no block of these cells" in capsys.readouterr().err
+
+
+def test_a_report_of_cells_that_were_made_on_two_devices(tmp_path, capsys):
+    """A cell is of the first device named that has it, and the report says which are not of the first."""
+    seeds = evaluate.blocks(20, 20)
+    ours, theirs = (cell(name, calls=3) for name in ("ours sde_5", "comfyui sde_5"))
+    with quality.appending(tmp_path / "evaluate_rank0.jsonl") as file:
+        for one, device in ((ours, "cpu"), (theirs, "cpu"), (theirs, "cuda")):
+            row = evaluate.block_row(one, seeds[0])
+            file.write(json.dumps({**row, "key": evaluate.key_of(one, seeds[0], device)}) + "\n")
+    results = evaluate.Results([ours, theirs], seeds, evaluate.held(tmp_path), tmp_path, ["cuda", "cpu"])
+    assert results.where == "cuda, but on cpu ve, 3 calls: ours sde_5"
+    assert evaluate.Results([ours, theirs], seeds, evaluate.held(tmp_path), tmp_path).where == "cpu"
+    few = ["--calls", "3", "--guidance", "1", "--process", "ve", "--filter", " sde_5$", "--block", "20", "--count", "20",
+           "--out", str(tmp_path)]
+    assert evaluate.main([*few, "--report", "--device", "cuda", "cpu"]) == 0
+    assert f"Sampled on {results.where}, in blocks of 20" in (tmp_path / "evaluate.md").read_text()
+    with pytest.raises(SystemExit):
+        evaluate.main([*few, "--device", "cuda", "cpu"])
+    assert "sampling takes one" in capsys.readouterr().err
