@@ -36,7 +36,7 @@ from ersde.process import get_process
 from ersde.solver import run as run_plan
 
 from . import variables
-from .variables import COMFYUI, DEFAULT, DIVERGED, GUIDANCE, ORDERS, SCHEDULES, STEPS, VARIABLES, Row, grid, summary
+from .variables import COMFYUI, DEFAULT, DIVERGED, GUIDANCE, SCHEDULES, STEPS, Row, grid
 
 Tensor = torch.Tensor
 # Noise scale and eta.
@@ -172,21 +172,6 @@ def columns(done: Sequence[dict], what) -> Dict[str, List[dict]]:
     return out
 
 
-def findings(done: Sequence[dict]) -> str:
-    """The default, its neighbours and the best, from the numbers."""
-    names = [name for name in done[0]["ratio"] if name != COMFYUI.name]
-    found = {name: summary([cell["ratio"][name] for cell in done]) for name in names}
-    said = lambda name: f"{found[name]['mean']:.2f} (worst {found[name]['worst']:.3g})"
-    near = {f"in {v}": dataclasses.replace(DEFAULT, variable=v) for v in VARIABLES if v != DEFAULT.variable}
-    near |= {f"with order {k}": dataclasses.replace(DEFAULT, order=k) for k in ORDERS if k != DEFAULT.order}
-    near |= {"without corrector": dataclasses.replace(DEFAULT, corrector=False),
-             "without what adapts": dataclasses.replace(DEFAULT, adapt=False)}
-    best, safest = (min(names, key=lambda name: (found[name][key], found[name]["mean"])) for key in ("mean", "worst"))
-    return (f"The default, {DEFAULT.name}, is at {said(DEFAULT.name)}; "
-            + ", ".join(f"{words} {said(row.name)}" for words, row in near.items() if row.name in found)
-            + f"; the lowest mean has {best}, {said(best)}, the mildest worst cell {safest}, {said(safest)}.")
-
-
 def report(done: List[dict], command: str) -> str:
     """The Markdown tables."""
     member = lambda c: c["member"] if c["eta"] == 1 else f"{c['member']}, eta {c['eta']:g}"
@@ -200,7 +185,7 @@ def report(done: List[dict], command: str) -> str:
              f"{DIVERGED:g}, or a run that became infinite, counts as {DIVERGED:g}."]
     for title, part in parts.items():
         lines += ["", f"## {title}", "", *variables._table(done, part)]
-    return "\n".join([*lines, "", "## What it shows", "", findings(done)]) + "\n"
+    return "\n".join([*lines, "", "## What it shows", "", f"The default, {variables.against(done)}."]) + "\n"
 
 
 def main(argv=None) -> None:

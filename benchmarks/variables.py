@@ -405,6 +405,21 @@ def _listed(values: Iterable) -> str:
     return ", ".join(f"{v:g}" for v in sorted(set(values)))
 
 
+def against(done: Sequence[dict]) -> str:
+    """The default's mean and worst ratio, those of the rows beside it, and the best rows."""
+    names = [name for name in done[0]["ratio"] if name != COMFYUI.name]
+    found = {name: summary([cell["ratio"][name] for cell in done]) for name in names}
+    said = lambda name: f"{found[name]['mean']:.2f} (worst {found[name]['worst']:.3g})"
+    near = {f"in {v}": dataclasses.replace(DEFAULT, variable=v) for v in VARIABLES if v != DEFAULT.variable}
+    near |= {f"with order {k}": dataclasses.replace(DEFAULT, order=k) for k in ORDERS if k != DEFAULT.order}
+    near |= {"without corrector": dataclasses.replace(DEFAULT, corrector=False),
+             "without the trust rule": dataclasses.replace(DEFAULT, adapt=False)}
+    best, safest = (min(names, key=lambda name: (found[name][key], found[name]["mean"])) for key in ("mean", "worst"))
+    return (f"{DEFAULT.name}, is at {said(DEFAULT.name)}; "
+            + ", ".join(f"{words} {said(row.name)}" for words, row in near.items() if row.name in found)
+            + f"; the lowest mean has {best}, {said(best)}, the mildest worst cell {safest}, {said(safest)}")
+
+
 def findings(done: Sequence[dict], noisy: Sequence[dict]) -> List[str]:
     """A paragraph for each kind of problem, all from the numbers: the default, its neighbours and the best."""
     out = []
@@ -415,21 +430,12 @@ def findings(done: Sequence[dict], noisy: Sequence[dict]) -> List[str]:
         names = [name for name in (part[0]["ratio"] if part else ()) if name != COMFYUI.name]
         if DEFAULT.name not in names:
             continue
-        found = {name: summary([cell["ratio"][name] for cell in part]) for name in names}
-        said = lambda name: f"{found[name]['mean']:.2f} (worst {found[name]['worst']:.3g})"
-        near = {f"in {v}": dataclasses.replace(DEFAULT, variable=v) for v in VARIABLES if v != DEFAULT.variable}
-        near |= {f"with order {k}": dataclasses.replace(DEFAULT, order=k) for k in ORDERS if k != DEFAULT.order}
-        near |= {"without corrector": dataclasses.replace(DEFAULT, corrector=False),
-                 "without the trust rule": dataclasses.replace(DEFAULT, adapt=False)}
-        best, safest = (min(names, key=lambda name: (found[name][key], found[name]["mean"])) for key in ("mean", "worst"))
         by = []
         for key, cells_ in list(splits(part).items())[1:]:
             mean = {name: summary([cell["ratio"][name] for cell in cells_])["mean"] for name in names}
             least = min(names, key=mean.get)
             by.append(f"{key} {mean[DEFAULT.name]:.2f} against {mean[least]:.2f} of {least}")
-        text = (f"On the {title} the default, {DEFAULT.name}, is at {said(DEFAULT.name)}; "
-                + ", ".join(f"{words} {said(row.name)}" for words, row in near.items() if row.name in found)
-                + f"; the lowest mean has {best}, {said(best)}, the mildest worst cell {safest}, {said(safest)}.")
+        text = f"On the {title} the default, {against(part)}."
         if title == "network":
             text += f" Its mean against the lowest of each column, chosen after the fact: {', '.join(by)}."
         out += [text, ""]
