@@ -275,13 +275,13 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
     if not step.bend:
         return by_law * sure
     share = m.div(newest, size)             # infinite for D = 0
-    by_line = by.line / m.addcmul(by.one, share, share, value=step.common)
-    if step.ratio == 0.0:
-        return m.maximum(by_law * sure, by_line)
-    fall = before / newest
-    fall = fall * fall
-    fall = m.addcmul(by.one, fall, fall, value=step.ratio ** 4)
-    return m.where(sure, m.maximum(by_law, by_line), by_line / fall)
+    by_line = by.line / m.addcmul(by.one, share, share)
+    alone = by_line
+    if step.ratio != 0.0:
+        fall = before / newest
+        fall = fall * fall
+        alone = by_line / m.addcmul(by.one, fall, fall, value=(step.common * step.ratio) ** 4)
+    return m.where(sure, m.maximum(by_law, by_line), alone)
 
 
 def trust(m: Kind, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:

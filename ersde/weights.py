@@ -65,9 +65,10 @@ the moment at which a picture decides for one of two things) there is no v.
   moves by (v + lambda^2)^-1/2 along the probability flow, like 1 / lambda while lambda^2 >> v, like lambda^2 where lambda^2
   << v.  Of a member with noise the mean of D hardly moves, and a step that holds D constant looks right; its state lacks
   what D does not know yet of the data, and D there lies too near to the mean.  `_bend` has the equation.
-* The larger of c and of the line's share c_1 / (1 + s^2) is taken.  Where there is no v, the line alone, and less of it
-  where R is small against what the line had predicted of it, T: its share is divided by 1 + |T|^4 / |R|^4, since D is coming
-  to rest, as after a picture has decided.
+* The larger of c and of the line's share c_1 / (1 + s^2) is taken, with all of s^2: what fresh noise makes D change by is
+  in c.  Where there is no v, the line alone, and less of it where R is small against what the line had predicted of it, T:
+  D is coming to rest, as after a picture has decided.  Its share is divided by 1 + (rho^2 |T| / |R|)^4, since T tells of R
+  only as far as their noise is common.
 * The corrector of the step is k R, k such that the variance v + lambda^2 of y is kept from s to t, with the noise that the
   step adds and with D at the new state: for b = rho lambda_t / lambda_s and J = v / (v + lambda^2),
 
