@@ -285,13 +285,13 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
 
 
 def trust(m: Kind, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:
-    """theta = clamp(2 - m^2, 0, 1) / (1 + s^2), m and s made fair to fresh noise (see `ersde.weights`).
+    """theta = clamp(2 - m^2, 0, 1) / (1 + s^2), m made fair to fresh noise (see `ersde.weights`).
 
     Args:
         size, newest, miss: |D_0|, |R_0| and, where the step has a ratio, |R_0 - ratio R_1|.
     """
     share = m.div(newest, size)             # infinite for D = 0, where the trust is 0
-    wide = m.addcmul(by.one, share, share, value=step.common)
+    wide = m.addcmul(by.one, share, share)
     if miss is None:
         return by.one / wide
     miss = miss / newest

@@ -40,8 +40,9 @@ predicted of it.  R - T is the corrector's estimate of the local error, over wha
   before would both take the same change into account.  It needs no third evaluation, which the first bend has not got.
 
 The corrector of such a step replaces all of V, so that what theta left out is not lost, only late.  Fresh noise changes D
-without any fault of the prediction: with a share rho^2 of the noise common to D_0 and D_1, s^2 counts as rho^2 s^2, and
-(1 - rho^2) (1 + |T|^2 / |D_1 - D_2|^2) is taken off m^2, what it would be if all changes were the noise's.
+without any fault of the prediction: with a share rho^2 of the noise common to D_0 and D_1,
+(1 - rho^2) (1 + |T|^2 / |D_1 - D_2|^2) is taken off m^2, what it would be if all changes were the noise's.  Of s it is no
+excuse: a bend as large as D is of no use whatever it comes from.
 
 Two more rules depend on the schedule alone.  Terms of second and higher order are weighted by the share of the state's noise
 that is common to their nodes (`_shared`), since fresh noise makes D rough.  And the order drops where the weights would
@@ -65,10 +66,9 @@ the moment at which a picture decides for one of two things) there is no v.
   moves by (v + lambda^2)^-1/2 along the probability flow, like 1 / lambda while lambda^2 >> v, like lambda^2 where lambda^2
   << v.  Of a member with noise the mean of D hardly moves, and a step that holds D constant looks right; its state lacks
   what D does not know yet of the data, and D there lies too near to the mean.  `_bend` has the equation.
-* The larger of c and of the line's share c_1 / (1 + s^2) is taken, with all of s^2: what fresh noise makes D change by is
-  in c.  Where there is no v, the line alone, and less of it where R is small against what the line had predicted of it, T:
-  D is coming to rest, as after a picture has decided.  Its share is divided by 1 + (rho^2 |T| / |R|)^4, since T tells of R
-  only as far as their noise is common.
+* The larger of c and of the line's share c_1 / (1 + s^2) is taken.  Where there is no v, the line alone, and less of it
+  where R is small against what the line had predicted of it, T: D is coming to rest, as after a picture has decided.  Its
+  share is divided by 1 + (rho^2 |T| / |R|)^4, since T tells of R only as far as their noise is common.
 * The corrector of the step is k R, k such that the variance v + lambda^2 of y is kept from s to t, with the noise that the
   step adds and with D at the new state: for b = rho lambda_t / lambda_s and J = v / (v + lambda^2),
 
