@@ -96,6 +96,14 @@ def test_ratios_and_a_run_that_becomes_infinite(monkeypatch):
     assert measure(CELL, [COMFYUI, DEFAULT])["ratio"][DEFAULT.name] == DIVERGED
 
 
+def test_how_much_further_off_is_said_in_the_units_of_the_data():
+    done = [{"comfyui": comfyui, "ratio": {DEFAULT.name: ratio}} for comfyui, ratio in
+            ((0.2, 0.5), (0.1, 1.04), (0.02, 1.1), (0.03, 1.2), (0.1, 1.3))]
+    text = members.further(done)
+    assert text.startswith("0.98 of ComfyUI's") and "in 3 of 5 cells, there by 0.0060 in the median and at most 0.030" in text
+    assert text.endswith("by more than 0.01 in 1")
+
+
 def test_a_flow_of_comfyui_starts_below_one(monkeypatch):
     whole, first = members.run_plan, []
     monkeypatch.setattr(members, "run_plan", lambda *args: first.append(args[3][0].item()) or whole(*args))
@@ -112,5 +120,6 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     text = (tmp_path / "members.md").read_text()
     assert "--steps 6 --guidance 1" in text and "| sde_5, eta 0.5 (8) |" in text
     assert "The default, lambda / 3 / on / on" in text
+    assert "With 5 steps and more and guidance up to 7.5 it is at 0." in text and "further off in 0 of 8 cells." in text
     kept = json.loads((tmp_path / "members.json").read_text())
     assert len(kept["cells"]) == 8 and all(math.isfinite(c["ratio"][DEFAULT.name]) for c in kept["cells"])
