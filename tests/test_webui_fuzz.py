@@ -180,6 +180,7 @@ def test_the_api_takes_or_refuses(host, capsys, sampler, arguments):
 
 @few
 @given(params=INFOTEXTS)
+@example(params={"": "\x1f:"})          # read back as a lone quotation mark
 def test_a_run_with_another_versions_infotext(host, capsys, params):
     """Pasted on the page: the run is its sampler's, and at most one line is said."""
     page = standin.Runner(scripts_of(host["script"]))

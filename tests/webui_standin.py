@@ -255,8 +255,16 @@ def write_infotext(params):
     return ", ".join(f"{key}: {quote(str(value))}" for key, value in params.items())
 
 
+def unquoted(value):
+    """A value that only looks quoted, such as a lone quotation mark, stays as it is in the hosts."""
+    try:
+        return json.loads(value) if value[:1] == value[-1:] == '"' else value
+    except json.JSONDecodeError:
+        return value
+
+
 def read_infotext(text):
-    return {k: json.loads(v) if v[:1] == v[-1:] == '"' else v for k, v in RE_PARAM.findall(text)}
+    return {key: unquoted(value) for key, value in RE_PARAM.findall(text)}
 
 
 class Runner:
