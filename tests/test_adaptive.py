@@ -60,7 +60,8 @@ def test_trust_where_the_prediction_was_right_and_where_it_overshot():
     assert trust(far, [1.0, 0.0], [0.2, 0.0]) == pytest.approx(1.0, abs=1e-3)      # too short: still better than nothing
     assert trust(far, [1.0, 0.0], [2.5, 0.0]) == 0.0                                # overshot by more than the change
     assert trust(far, [1.0, 0.0], [-1.0, 0.0]) == 0.0                               # went the other way
-    assert trust([1.0, 0.0], [1.0, 0.0], [1.0, 0.0]) == pytest.approx(0.5)          # a change as large as D itself
+    for common in (1.0, 0.5, 0.0):                                                  # a change as large as D itself
+        assert trust([1.0, 0.0], [1.0, 0.0], [1.0, 0.0], common=common) == pytest.approx(0.5)
     assert trust(far, [1.0, 0.0], [0.0, 1.0], common=0.0) == pytest.approx(1.0, abs=1e-3)       # all of it fresh noise
 
 
