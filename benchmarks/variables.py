@@ -1,6 +1,7 @@
 """The choice of the interpolation variable, the order, the corrector and the trust rule, by measurement.
 
     python -m benchmarks.variables [--quick] [--out DIR] [--steps N ...] [--guidance G ...] [--count N]
+    python -m benchmarks.variables --default [--out DIR] [--count N]
 
 Deterministic part, the ODE member: every (variable, order, corrector, adapt) over ComfyUI's formulas (order 3) on the same
 schedule, by the mean over pictures of a picture's RMS error to a fine solution that ends at the same sigma.  On the trained
@@ -15,6 +16,9 @@ the solver runs on their coefficients, so that norms are those of a picture of i
 
 DIR gets variables.md and variables.json, and a line of JSON per finished cell (a run takes up where the last one stopped).
 Interrupted, it writes the tables of what is finished.
+
+With --default the default alone is measured, on the network's cells with 5 steps and more and guidance up to 7.5, by more
+pictures and with intervals; DIR gets variables_default.md.
 """
 from __future__ import annotations
 
@@ -287,6 +291,11 @@ def cells(steps: Optional[Sequence[int]] = None, guidance: Optional[Sequence[flo
     return full if quick else sorted(full + other, key=order)
 
 
+def default_cells() -> List[Cell]:
+    """The network's, with 5 steps and more and guidance up to 7.5."""
+    return [cell for cell in cells() if cell.problem == "network" and cell.steps >= 5 and cell.guidance <= 7.5]
+
+
 # ----------------------------------------------------------------------------------------------------------- stochastic
 
 def variance(row: Row, process: str, steps: int, member: str, eta: float, std: float = 0.5, mean: float = 0.7) -> float:
@@ -336,6 +345,16 @@ def _digest() -> str:
 DIGEST = _digest()          # of what was imported, whatever becomes of the files
 
 
+def interval(each: Dict[str, Tensor], resamples: int = 1000) -> Optional[List[float]]:
+    """95 % interval of the default's mean error over ComfyUI's, by bootstrap over the pictures; None without the default."""
+    if DEFAULT.name not in each:
+        return None
+    own, base = (each[name].numpy() for name in (DEFAULT.name, COMFYUI.name))
+    rows = np.random.default_rng(0).integers(len(own), size=(resamples, len(own)))
+    found = own[rows].mean(1) / base[rows].mean(1)
+    return np.quantile(np.minimum(found, DIVERGED), (0.025, 0.975)).tolist()
+
+
 def measure_all(plan: Sequence[Cell], settings: Settings, path: Path, rows: Optional[List[Row]] = None) -> List[dict]:
     """Every cell, from the file or measured now and appended to it; an interrupt leaves the rest out."""
     found, done = load(path, "key"), []
@@ -355,7 +374,7 @@ def measure_all(plan: Sequence[Cell], settings: Settings, path: Path, rows: Opti
                 each = pictures(made[which], schedule(cell.schedule, cell.process, cell.steps), chosen)
                 mean, median = ({name: kind(e).item() for name, e in each.items()} for kind in (torch.mean, torch.median))
                 found[key] = {"key": key, **dataclasses.asdict(cell), "comfyui": mean[COMFYUI.name], "ratio": ratios(mean),
-                              "median": ratios(median)}
+                              "median": ratios(median), "interval": interval(each)}
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(found[key]) + "\n")
@@ -502,6 +521,22 @@ def report(done: List[dict], noisy: List[dict], settings: Settings, planned: int
     return "\n".join(lines) + "\n"
 
 
+def report_default(done: Sequence[dict], settings: Settings, planned: int, command: str) -> str:
+    """The table of `--default`."""
+    ratio = np.array([cell["ratio"][DEFAULT.name] for cell in done])
+    worse = sum(cell["interval"][0] > WORSE for cell in done)
+    lines = ["# The default on the trained network, on every schedule", "", f"    {command}", "",
+             f"torch {torch.__version__}; the solver has the digest {DIGEST}; {len(done)} of {planned} planned cells; N = "
+             f"{settings.count} pictures, fine solution of {settings.fine_steps} steps. RMS error of {DEFAULT.name} over "
+             "that of `comfyui`, in brackets the 95 % interval by bootstrap over the pictures.", "",
+             f"Geometric mean {np.exp(np.log(ratio).mean()):.2f}, largest {ratio.max():.2f}; worse than {WORSE:g} with the "
+             f"whole interval in {worse} cells.", "",
+             "| process | guidance | schedule | steps | error of comfyui | ratio |", "|---|---|---|---|---|---|"]
+    lines += [f"| {c['process']} | {c['guidance']:g} | {c['schedule']} | {c['steps']} | {c['comfyui']:.4f} | "
+              f"{c['ratio'][DEFAULT.name]:.2f} ({c['interval'][0]:.2f} to {c['interval'][1]:.2f}) |" for c in done]
+    return "\n".join(lines) + "\n"
+
+
 def _rounded(value):
     """Floats to five digits, in all that is nested."""
     if isinstance(value, dict):
@@ -525,9 +560,21 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--steps", type=int, nargs="+", help="steps of every cell, instead of the thinned ones")
     parser.add_argument("--guidance", type=float, nargs="+", help="guidance scales; 1 is none")
-    parser.add_argument("--count", type=int, default=Settings.count, help="pictures of the network")
+    parser.add_argument("--count", type=int, help=f"pictures of the network, {Settings.count} or, with --default, 32")
+    parser.add_argument("--default", action="store_true", help="the default alone, on the network, with intervals")
     args = parser.parse_args(argv)
+    if args.default and (args.quick or args.steps or args.guidance):
+        parser.error("--default has cells of its own: without --quick, --steps and --guidance")
     torch.set_num_threads(1)
+    if args.default:
+        settings, command = Settings(count=args.count or 32), "python -m benchmarks.variables --default"
+        command += f" --count {args.count}" if args.count else ""
+        plan = default_cells()
+        done = measure_all(plan, settings, args.out / "variables_default.jsonl", [COMFYUI, DEFAULT])
+        if done:
+            _write(args.out / "variables_default.md", report_default(done, settings, len(plan), command))
+        return
+    args.count = args.count or Settings.count
     settings, stem = Settings(count=args.count), "variables_quick" if args.quick else "variables"
     command = "python -m benchmarks.variables" + (" --quick" if args.quick else "")
     for name, values in (("steps", args.steps), ("guidance", args.guidance)):

@@ -88,3 +88,30 @@ def test_equal_states_are_evaluated_once():
     memo(x, 2 * one)
     memo(x + 1, one)
     assert len(calls) == 3
+
+
+def test_the_default_alone_has_intervals(tmp_path, monkeypatch):
+    plan = variables.default_cells()
+    assert {cell.schedule for cell in plan} == {name for kinds in variables.SCHEDULES.values() for name in kinds}
+    assert {cell.guidance for cell in plan} == {1.0, 4.0, 7.5} and min(cell.steps for cell in plan) >= 5
+    monkeypatch.setattr(variables, "default_cells", lambda: plan[:1])
+    monkeypatch.setattr(variables.Settings.__init__, "__defaults__",
+                        (4, variables.MIXTURE_COUNT, 6, 12, *variables.Settings.__init__.__defaults__[4:]))
+    variables.main(["--default", "--count", "2", "--out", str(tmp_path)])
+    text = (tmp_path / "variables_default.md").read_text()
+    assert "1 of 1 planned cells; N = 2 pictures" in text and "with the whole interval in" in text
+    cell = json.loads((tmp_path / "variables_default.jsonl").read_text())
+    low, high = cell["interval"]
+    assert low <= cell["ratio"][variables.DEFAULT.name] <= high and f"({low:.2f} to {high:.2f})" in text
+    with pytest.raises(SystemExit):
+        variables.main(["--default", "--steps", "5"])
+
+
+def test_the_interval_is_of_the_ratio_of_the_means():
+    errors = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    each = {COMFYUI.name: errors, variables.DEFAULT.name: errors / 2}
+    assert variables.interval(each) == pytest.approx([0.5, 0.5])
+    each[variables.DEFAULT.name] = torch.tensor([0.5, 1.0, 1.5, 8.0], dtype=torch.float64)
+    low, high = variables.interval(each)
+    assert 0.5 <= low < 1.1 < high <= 2.0
+    assert variables.interval({COMFYUI.name: errors}) is None
