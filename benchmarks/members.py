@@ -172,18 +172,17 @@ def columns(done: Sequence[dict], what) -> Dict[str, List[dict]]:
     return out
 
 
-def further(done: Sequence[dict], row: Row = DEFAULT) -> str:
-    """In how many cells a row is more than 5 % further from the exact law than ComfyUI's formulas, and by how much."""
-    ratio = np.array([cell["ratio"][row.name] for cell in done])
-    excess = (np.maximum(ratio, 1.0) - 1.0) * np.array([cell["comfyui"] for cell in done])
-    worse = ratio > 1.05
+def further(done: Sequence[dict]) -> str:
+    """In how many cells the default is more than 5 % further from the exact law than ComfyUI's formulas, and by how much."""
+    ratio, comfyui = (np.array(v) for v in zip(*((cell["ratio"][DEFAULT.name], cell["comfyui"]) for cell in done)))
+    worse = ratio > variables.WORSE
+    excess = ((ratio - 1.0) * comfyui)[worse]
     text = (f"{np.exp(np.log(ratio).mean()):.2f} of ComfyUI's distance, more than 5 % further off in {worse.sum()} of "
             f"{len(done)} cells")
     if not worse.any():
         return text
-    return (f"{text}, there by {np.median(excess[worse]):.4f} in the median and at most {excess[worse].max():.3f} (the "
-            f"pixels of the data have deviations of {CLASS.min():g} to {CLASS.max():g}), by more than 0.01 in "
-            f"{(excess[worse] > 0.01).sum()}")
+    return (f"{text}, there by {np.median(excess):.4f} in the median and at most {excess.max():.3f} (the pixels of the data "
+            f"have deviations of {CLASS.min():g} to {CLASS.max():g}), by more than 0.01 in {(excess > 0.01).sum()}")
 
 
 def report(done: List[dict], command: str) -> str:

@@ -38,6 +38,7 @@ import torch
 from tqdm import tqdm
 
 import ersde
+from benchmarks.network import ratio
 from benchmarks.quality import load
 from ersde.noise_scale import get_noise_scale
 from ersde.process import check_sigmas, get_process
@@ -345,14 +346,15 @@ def _digest() -> str:
 DIGEST = _digest()          # of what was imported, whatever becomes of the files
 
 
-def interval(each: Dict[str, Tensor], resamples: int = 1000) -> Optional[List[float]]:
-    """95 % interval of the default's mean error over ComfyUI's, by bootstrap over the pictures; None without the default."""
+def interval(each: Dict[str, Tensor]) -> Optional[List[float]]:
+    """95 % interval of the default's mean error over ComfyUI's, by bootstrap over the pictures; None without the default.
+
+    each: what `pictures` returns, shape (pictures,) each; an error counts as at most DIVERGED times that of ComfyUI.
+    """
     if DEFAULT.name not in each:
         return None
     own, base = (each[name].numpy() for name in (DEFAULT.name, COMFYUI.name))
-    rows = np.random.default_rng(0).integers(len(own), size=(resamples, len(own)))
-    found = own[rows].mean(1) / base[rows].mean(1)
-    return np.quantile(np.minimum(found, DIVERGED), (0.025, 0.975)).tolist()
+    return ratio(np.minimum(own, DIVERGED * base), base)[1:]
 
 
 def measure_all(plan: Sequence[Cell], settings: Settings, path: Path, rows: Optional[List[Row]] = None) -> List[dict]:
@@ -565,6 +567,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.default and (args.quick or args.steps or args.guidance):
         parser.error("--default has cells of its own: without --quick, --steps and --guidance")
+    if args.count is not None and args.count < 1:
+        parser.error(f"--count must be at least 1, not {args.count}")
     torch.set_num_threads(1)
     if args.default:
         settings, command = Settings(count=args.count or 32), "python -m benchmarks.variables --default"

@@ -105,6 +105,8 @@ def test_the_default_alone_has_intervals(tmp_path, monkeypatch):
     assert low <= cell["ratio"][variables.DEFAULT.name] <= high and f"({low:.2f} to {high:.2f})" in text
     with pytest.raises(SystemExit):
         variables.main(["--default", "--steps", "5"])
+    with pytest.raises(SystemExit):
+        variables.main(["--default", "--count", "0", "--out", str(tmp_path)])
 
 
 def test_the_interval_is_of_the_ratio_of_the_means():
@@ -114,4 +116,6 @@ def test_the_interval_is_of_the_ratio_of_the_means():
     each[variables.DEFAULT.name] = torch.tensor([0.5, 1.0, 1.5, 8.0], dtype=torch.float64)
     low, high = variables.interval(each)
     assert 0.5 <= low < 1.1 < high <= 2.0
+    each[variables.DEFAULT.name] = torch.full_like(errors, torch.inf)
+    assert variables.interval(each) == pytest.approx([variables.DIVERGED] * 2)
     assert variables.interval({COMFYUI.name: errors}) is None
