@@ -160,7 +160,7 @@ class Numbers(NamedTuple):
 
     Attributes:
         x_scale: of the `Step`, a tensor in either case: it multiplies the state.
-        most: 2 + (1 - common) (1 + ratio^2), the trust's.
+        most: 2 + fresh (1 + ratio^2), the trust's.
         line: the first bend of the `Step`.
         level, usual: of its `Amend`, 1 / usual.
         curve: start, end, scale, top_0, top_1, bottom_0 and bottom_1 of the `Amend`'s curve and of `Step.reach`: each of
@@ -186,7 +186,7 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device, flo
         amend = step.amend
         level, usual = (0.0, 0.0) if amend is None else (amend.level, 1.0 / amend.usual)
         scales.append(step.x_scale)
-        rows.append((2.0 + (1.0 - step.common) * (1.0 + step.ratio ** 2), step.bend[0] if step.bend else 0.0, level, usual))
+        rows.append((2.0 + step.fresh * (1.0 + step.ratio ** 2), step.bend[0] if step.bend else 0.0, level, usual))
         both = () if amend is None else (amend.curve, step.reach or amend.curve)
         curves.append(tuple((c.start, c.end, c.scale, *c.top, *c.bottom) for c in both))
     make = lambda values: torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype).to(device)

@@ -40,9 +40,14 @@ predicted of it.  R - T is the corrector's estimate of the local error, over wha
   before would both take the same change into account.  It needs no third evaluation, which the first bend has not got.
 
 The corrector of such a step replaces all of V, so that what theta left out is not lost, only late.  Fresh noise changes D
-without any fault of the prediction: with a share rho^2 of the noise common to D_0 and D_1,
-(1 - rho^2) (1 + |T|^2 / |D_1 - D_2|^2) is taken off m^2, what it would be if all changes were the noise's.  Of s it is no
-excuse: a bend as large as D is of no use whatever it comes from.
+without any fault of the prediction: if all changes were the noise's, m^2 would be 1 + |T|^2 / |D_1 - D_2|^2.  That is taken
+off m^2, times the noise's share of the step from D_1 to D_0,
+
+    f = N / (N + (1 - b)^2 lambda_1^2),    N = lambda_0^2 (1 - rho^2),  b = rho lambda_0 / lambda_1,
+
+since y moves by (1 - b) (D_1 - y), in the mean by no more than (1 - b) lambda_1, and by noise of variance N.  As steps get
+short f goes to 1, for the noise moves y by the root of their length, while 1 - rho^2 goes to 0.  Of s it is no excuse: a
+bend as large as D is of no use whatever it comes from.
 
 Two more rules depend on the schedule alone.  Terms of second and higher order are weighted by the share of the state's noise
 that is common to their nodes (`_shared`), since fresh noise makes D rough.  And the order drops where the weights would
@@ -109,7 +114,7 @@ import math
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -391,6 +396,7 @@ class Step:
         bend: weights that the trust multiplies, or () where all is in `changes`.
         ratio: of the change R_0 that the line through the two evaluations before predicts, to R_1; 0 where there is none.
         common: the share of the noise, in variance, that is the same at D_0 and D_1.
+        fresh: the share of noise in what the state changed by from D_1 to D_0, in variance.
         from_base: x is the state without the bend of the step before, not the state the evaluation was made at.
         last: the step to sigma = 0, x_next = D_0 but for `settle`.
         amend: the correction of a long step before this one.
@@ -406,6 +412,7 @@ class Step:
     bend: Tuple[float, ...] = ()
     ratio: float = 0.0
     common: float = 1.0
+    fresh: float = 0.0
     from_base: bool = False
     last: bool = False
     settle: Optional[Settle] = None
@@ -514,7 +521,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
         now = first + i
         weights: Dict[int, float] = {}
         bends: Tuple[float, ...] = ()
-        used, noise, x_scale, ratio, common, s, t = 1, 0.0, 1.0, 0.0, 1.0, sigma[i], sigma[i + 1]
+        used, noise, x_scale, past, s, t = 1, 0.0, 1.0, _NO_PAST, sigma[i], sigma[i + 1]
         amend = rule.amend(row[i - 1], alpha[i], s_noise if t == 0 else None) if i - 1 in row else None
         if t == 0:
             settle = None
@@ -531,7 +538,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
                 score = alpha[i], 1.0 / (alpha[i] * float(lam[i]) ** 2)
             x_scale = t / s * math.exp(log_rho[r])
             noise = s_noise * t * math.sqrt(max(0.0, -math.expm1(2.0 * log_rho[r])))
-            weights, bend, (ratio, common), used = rule.predict(r)
+            weights, bend, past, used = rule.predict(r)
             weights = {e: alpha[i + 1] * w for e, w in weights.items()}
             bend = {e: alpha[i + 1] * w for e, w in bend.items()}
             bends = _changes(bend, now)[1] if reach is None else (line,) if line else ()
@@ -542,8 +549,8 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
             for e, w in correction.weights.items():
                 weights[e] = weights.get(e, 0.0) + x_scale * alpha[i] * w
         denoised, changes = _changes(weights, now)
-        steps.append(Step(x_scale, denoised, changes, noise, bends, ratio, common,
-                          correction is not None and correction.from_base, amend=amend, score=score, long=long, reach=reach))
+        steps.append(Step(x_scale, denoised, changes, noise, bends, *past, correction is not None and correction.from_base,
+                          amend=amend, score=score, long=long, reach=reach))
         orders.append(max(used, 2) if reach else used)
         # The evaluation that corrects a step is the next step's.
         correction = rule.correct(row[i]) if i in row and i + 1 < n else None
@@ -606,8 +613,17 @@ def _settle(correction: Correction, newest: int, log_rho: float, alpha: float) -
                   1.0 / math.expm1(correction.length), math.exp(2.0 * log_rho), alpha)
 
 
-# Weights of I, those the trust multiplies, (ratio, common) of the step, and how many evaluations are interpolated.
-Prediction = Tuple[Dict[int, float], Dict[int, float], Tuple[float, float], int]
+class Past(NamedTuple):
+    """`ratio`, `common` and `fresh` of a `Step`."""
+
+    ratio: float
+    common: float
+    fresh: float
+
+
+_NO_PAST = Past(0.0, 1.0, 0.0)
+# Weights of I, those the trust multiplies, what the trust goes by, and how many evaluations are interpolated.
+Prediction = Tuple[Dict[int, float], Dict[int, float], Past, int]
 
 
 class _Exact:
@@ -618,6 +634,7 @@ class _Exact:
         self.order, self.corrector, self.integrals = order, corrector, integrals
         with np.errstate(divide="ignore"):
             self.tau: List[float] = variable.tau(lam).tolist()
+        self.lam: List[float] = lam.tolist()
         self.now = [first + i for i in moving]
         self.length = np.abs(np.log(integrals.lam_s) - np.log(integrals.lam_t)).tolist()
         self.short = [length <= _SHORT or not adapt for length in self.length]
@@ -645,7 +662,7 @@ class _Exact:
         self._predicted: Dict[int, Prediction] = {}
 
     def predict(self, r: int) -> Prediction:
-        """The weights of the highest order that does not amplify, those the trust multiplies, (ratio, common), the order."""
+        """The weights of the highest order that does not amplify, those the trust multiplies, their `Past`, the order."""
         if r in self._predicted:
             return self._predicted[r]
         nodes, coef = self.nodes[r], self.kept[r]
@@ -662,10 +679,11 @@ class _Exact:
             bend = {e: w - flat.get(e, 0.0) for e, w in zip(nodes, total)}
         now, reach = self.now[r], min(used, 3)
         if used == 1 or self.short[r] or nodes[:reach] != [now, now - 1, now - 2][:reach]:
-            found = _sum(flat, bend), {}, (0.0, 1.0), used
+            found = _sum(flat, bend), {}, _NO_PAST, used
         else:
             ratio = (where[0] - where[1]) / (where[1] - where[2]) if used > 2 else 0.0
-            found = flat, bend, (ratio, _shared(self.level[r][1], self.level[r][2])), used
+            held = _shared(self.level[r][1], self.level[r][2])
+            found = flat, bend, Past(ratio, held, _fresh(self.lam[now - 1], self.lam[now], held)), used
         self._predicted[r] = found
         return found
 
@@ -867,7 +885,7 @@ class _Published:
             for c, part in parts:
                 for e, d in part.items():
                     weights[e] = weights.get(e, 0.0) + c * d
-        return weights, {}, (0.0, 1.0), len(nodes)
+        return weights, {}, _NO_PAST, len(nodes)
 
     def correct(self, r: int) -> Optional[Correction]:
         """Nothing: the published formulas have no corrector."""
@@ -903,3 +921,12 @@ def _shared(log_g_new: float, log_g_old: float) -> float:
     noise did to D is not smooth, and they would amplify it.  1 for the ODE, and for every member as steps get short.
     """
     return math.exp(min(0.0, 2.0 * (log_g_new - log_g_old)))
+
+
+def _fresh(lam_s: float, lam_t: float, held: float) -> float:
+    """The share of noise in what a step moves y by, in variance, where rho^2 = held."""
+    if held == 1.0:
+        return 0.0
+    q = lam_t / lam_s
+    noise, still = q * q * (1.0 - held), 1.0 - math.sqrt(held) * q
+    return noise / (noise + still * still)

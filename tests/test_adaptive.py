@@ -30,8 +30,8 @@ def sample(model, x, sigmas, **kw):
     return ersde.sample_er_sde(model, x, sigmas, disable=True, process=model.process, **{"eta": 0.0, **kw})
 
 
-def trust(denoised, newest, before, ratio=1.0, common=1.0):
-    step = Step(1.0, 0.0, (), 0.0, ratio=ratio, common=common)
+def trust(denoised, newest, before, ratio=1.0, fresh=0.0):
+    step = Step(1.0, 0.0, (), 0.0, ratio=ratio, fresh=fresh)
     as_tensor = lambda v: torch.tensor([v], dtype=torch.float64)
     d, changes = as_tensor(denoised), [as_tensor(newest), as_tensor(before)]
     found = _trust(measure.TENSORS, step, by(step), d, changes)[0].item()
@@ -60,9 +60,27 @@ def test_trust_where_the_prediction_was_right_and_where_it_overshot():
     assert trust(far, [1.0, 0.0], [0.2, 0.0]) == pytest.approx(1.0, abs=1e-3)      # too short: still better than nothing
     assert trust(far, [1.0, 0.0], [2.5, 0.0]) == 0.0                                # overshot by more than the change
     assert trust(far, [1.0, 0.0], [-1.0, 0.0]) == 0.0                               # went the other way
-    for common in (1.0, 0.5, 0.0):                                                  # a change as large as D itself
-        assert trust([1.0, 0.0], [1.0, 0.0], [1.0, 0.0], common=common) == pytest.approx(0.5)
-    assert trust(far, [1.0, 0.0], [0.0, 1.0], common=0.0) == pytest.approx(1.0, abs=1e-3)       # all of it fresh noise
+    for fresh in (0.0, 0.5, 1.0):                                                   # a change as large as D itself
+        assert trust([1.0, 0.0], [1.0, 0.0], [1.0, 0.0], fresh=fresh) == pytest.approx(0.5)
+    assert trust(far, [1.0, 0.0], [0.0, 1.0], fresh=1.0) == pytest.approx(1.0, abs=1e-3)        # all of it fresh noise
+    assert trust(far, [1.0, 0.0], [0.0, 1.2], fresh=0.5) == pytest.approx(0.56, abs=1e-3)       # m^2 = 2.44, 1 off it
+
+
+@pytest.mark.parametrize("scale, eta", [("sde", 1.0), ("sde", 0.3), ("sde_3", 1.0), ("sde_5", 1.0), ("ode", 0.0)])
+def test_the_noise_in_a_change_is_told_from_what_would_have_come_without(scale, eta):
+    """Of y - mean = e lambda, by the step of length h before: (1 - b) lambda_1 without noise, and the noise."""
+    sigmas = np.geomspace(8.0, 0.3, 24)
+    steps = plan(sigmas, "ve", scale, eta).steps
+    assert sum(step.ratio != 0 for step in steps) > 10
+    for i, step in enumerate(steps):
+        if step.ratio == 0:
+            assert step.fresh == 0 or step.bend
+            continue
+        before, s, t = steps[i - 1], sigmas[i - 1], sigmas[i]
+        still, new = (s - before.x_scale * s) ** 2, before.noise ** 2
+        assert step.fresh == pytest.approx(new / (new + still), rel=1e-9)
+        if scale == "sde" and eta == 1:
+            assert step.fresh == pytest.approx((t / s) ** 2, rel=1e-9)
 
 
 def test_trust_without_any_change_is_a_number():

@@ -81,6 +81,16 @@ def test_the_default_is_seldom_further_from_the_exact_law_than_comfyui():
     assert len(ratios) == 672 and (ratios > 1.05).mean() < 0.13 and np.exp(np.log(ratios).mean()) < 0.6
 
 
+@pytest.mark.parametrize("kind", ("karras", "exponential"))
+@pytest.mark.parametrize("member, eta", MEMBERS)
+def test_more_steps_are_nearer_to_the_exact_law(member, eta, kind):
+    """Many steps are short, and nearly all that D changes by is fresh noise: of that the trust must not make a fault."""
+    few, many = (measure(Cell("ve", 1.0, member, eta, kind, steps), [COMFYUI, DEFAULT]) for steps in (30, 80))
+    off = [cell["comfyui"] * cell["ratio"][DEFAULT.name] for cell in (few, many)]
+    assert off[1] < off[0] / 3, off
+    assert many["ratio"][DEFAULT.name] < 2
+
+
 def test_ratios_and_a_run_that_becomes_infinite(monkeypatch):
     found = measure(CELL, [COMFYUI, DEFAULT])
     assert found["ratio"][COMFYUI.name] == 1.0 and 0 < found["ratio"][DEFAULT.name] < 2

@@ -230,15 +230,16 @@ def test_callable_equals_its_name():
 def test_flow_from_sigma_one_needs_no_offset():
     """sigma = 1 exactly is the limit of sigma -> 1."""
     model = separated("flow")
-    x = model.start(4, 1.0, torch.Generator().manual_seed(0))
+    x = model.start(64, 1.0, torch.Generator().manual_seed(0))
     sigmas = flow_schedule(10)
     near = sigmas.clone()
     near[0] = 1 - 1e-9
     for scale in NOISE_SCALES:
         got, want = (sample(model, x, s, noise_scale=scale, corrector=False, extra_args={"seed": 1}) for s in (sigmas, near))
-        # The start-up's correction differs (a line in sigma against one in lambda), all else is the limit.
+        # The start-up's correction differs (a line in sigma against one in lambda), all else is the limit.  One point in a
+        # hundred is between two parts and ends in another, so there are many.
         assert torch.isfinite(got).all()
-        assert rms(got, want) < 0.2 * rms(want, torch.zeros(()))
+        assert rms(got, want) < 0.1 * rms(want, torch.zeros(()))
 
 
 @pytest.mark.parametrize("order, corrector", [(1, True), (2, False), (3, True)])
