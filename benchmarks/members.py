@@ -1,6 +1,7 @@
 """The choice of the interpolation variable, the order, the corrector and the trust rule for the members with noise.
 
     python -m benchmarks.members [--quick] [--out DIR] [--steps N ...] [--guidance G ...]
+    python -m benchmarks.members --ode [...]
 
 benchmarks/variables.py measures the ODE member by the error of each picture; this measures every member with noise by the
 law of all its pictures, which a sample tells only roughly.  So the data are Gaussian: pictures whose pixels are of four
@@ -13,7 +14,8 @@ The figure of a run is the Frechet distance to it at the last positive sigma, th
 squared differences of mean and deviation, over that of ComfyUI's formulas (order 3) on the same schedule, which start a
 flow at 0.9999.  Every (variable, order, corrector, adapt), member, guidance, process, schedule and number of steps.
 
-DIR gets members.md and members.json.
+DIR gets members.md and members.json.  With --ode the member without noise is measured on the same data, in files whose names
+end in _ode.
 """
 from __future__ import annotations
 
@@ -40,6 +42,7 @@ from .variables import COMFYUI, DEFAULT, DIVERGED, GUIDANCE, SCHEDULES, STEPS, R
 
 Tensor = torch.Tensor
 # Noise scale and eta.
+ODE = ("ode", 0.0),
 MEMBERS = (*((f"sde{n}", 1.0) for n in ("", "_1", "_2", "_3", "_4", "_5")), ("sde_5", 0.5))
 CLASS, MEAN = np.array([0.03, 0.1, 0.3, 0.6]), np.array([0.02, 0.1, 0.3, 0.6])
 ALL = np.hypot(CLASS, MEAN)         # the classes lie around 0
@@ -191,7 +194,8 @@ def report(done: List[dict], command: str) -> str:
     parts = {"By guidance and steps": None, "By member": columns(done, member),
              "By schedule": columns(done, lambda c: f"{c['process']}, {c['schedule']}"),
              "By steps": columns(done, lambda c: f"{c['steps']} steps")}
-    lines = ["# Interpolation variable, order, corrector and trust rule of the members with noise", "", f"    {command}", "",
+    noise = "with noise" if any(cell["eta"] for cell in done) else "without noise"
+    lines = [f"# Interpolation variable, order, corrector and trust rule of the members {noise}", "", f"    {command}", "",
              f"torch {torch.__version__}; the solver has the digest {variables.DIGEST}; {len(done)} cells. Gaussian data of "
              "four scales: Frechet distance to the exact law over that of `comfyui` (order 3). A number is the geometric "
              "mean over cells, in brackets the worst cell; a column's head has the number of cells. A larger ratio than "
@@ -208,18 +212,22 @@ def report(done: List[dict], command: str) -> str:
 def main(argv=None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.members", description=__doc__.splitlines()[0])
+    parser.add_argument("--ode", action="store_true", help="the member without noise, on the same data")
     parser.add_argument("--quick", action="store_true", help="6 and 10 steps, guidance 1 and 7.5")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--steps", type=int, nargs="+", help="steps")
     parser.add_argument("--guidance", type=float, nargs="+", help="guidance scales; 1 is none")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    stem, command = ("members_quick", "python -m benchmarks.members --quick") if args.quick else \
-        ("members", "python -m benchmarks.members")
+    stem, command, kinds = "members", "python -m benchmarks.members", MEMBERS
+    if args.quick:
+        stem, command = f"{stem}_quick", f"{command} --quick"
+    if args.ode:
+        stem, command, kinds = f"{stem}_ode", f"{command} --ode", ODE
     for name, values in (("steps", args.steps), ("guidance", args.guidance)):
         command += f" --{name} {' '.join(f'{v:g}' for v in values)}" if values else ""
     bar, rows = tqdm(cells(args.steps or ((6, 10) if args.quick else STEPS),
-                           args.guidance or ((1.0, 7.5) if args.quick else GUIDANCE))), grid()
+                           args.guidance or ((1.0, 7.5) if args.quick else GUIDANCE), kinds)), grid()
     done = []
     for cell in bar:
         bar.set_description(cell.name)

@@ -126,7 +126,6 @@ def test_a_flow_of_comfyui_starts_below_one(monkeypatch):
 def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(members, "MEMBERS", MEMBERS[-1:])
     monkeypatch.setattr(members, "grid", lambda: grid(("lambda", "rational"), (1, 3)))
-    monkeypatch.setattr(members.cells, "__defaults__", (STEPS, GUIDANCE, MEMBERS[-1:]))
     members.main(["--steps", "6", "--guidance", "1", "--out", str(tmp_path)])
     text = (tmp_path / "members.md").read_text()
     assert "--steps 6 --guidance 1" in text and "| sde_5, eta 0.5 (8) |" in text
@@ -134,3 +133,12 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     assert "With 5 steps and more and guidance up to 7.5 it is at 0." in text and "further off in 0 of 8 cells." in text
     kept = json.loads((tmp_path / "members.json").read_text())
     assert len(kept["cells"]) == 8 and all(math.isfinite(c["ratio"][DEFAULT.name]) for c in kept["cells"])
+
+
+def test_the_command_measures_the_member_without_noise_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(members, "grid", lambda: [COMFYUI, DEFAULT])
+    members.main(["--ode", "--quick", "--out", str(tmp_path)])
+    text = (tmp_path / "members_quick_ode.md").read_text()
+    assert "of the members without noise" in text and "python -m benchmarks.members --quick --ode" in text
+    cells = json.loads((tmp_path / "members_quick_ode.json").read_text())["cells"]
+    assert len(cells) == 32 and {(cell["member"], cell["eta"]) for cell in cells} == {("ode", 0.0)}
