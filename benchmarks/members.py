@@ -12,7 +12,9 @@ comes from the differential equations of its mean and variance (`exact`).
 
 The figure of a run is the Frechet distance to it at the last positive sigma, the root of the sum over the kinds of the
 squared differences of mean and deviation, over that of ComfyUI's formulas (order 3) on the same schedule, which start a
-flow at 0.9999.  Every (variable, order, corrector, adapt), member, guidance, process, schedule and number of steps.
+flow at 0.9999.  Every (variable, order, corrector, adapt), member, guidance, process, schedule and number of steps.  Of the
+default also that of the finished pictures, at sigma = 0, in which what the data have below the last positive sigma is
+missing with every sampler.
 
 DIR gets members.md and members.json.  With --ode the member without noise is measured on the same data, in files whose names
 end in _ode.
@@ -47,6 +49,7 @@ MEMBERS = (*((f"sde{n}", 1.0) for n in ("", "_1", "_2", "_3", "_4", "_5")), ("sd
 CLASS, MEAN = np.array([0.03, 0.1, 0.3, 0.6]), np.array([0.02, 0.1, 0.3, 0.6])
 ALL = np.hypot(CLASS, MEAN)         # the classes lie around 0
 FAR = 1e6                           # a lambda at which a picture has no part in the state
+LOW = 1e-4                          # the lowest sigma of any schedule, at which a picture is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +108,7 @@ def exact(process: str, guidance: float, member: str, eta: float):
         return np.concatenate((r * n - (1 + r) * (a * n + b * np.exp(-u)), 2 * r * (w - 1) - 2 * (1 + r) * a * w))
 
     first = np.concatenate((MEAN / start, 1 + (CLASS / start) ** 2))
-    # As far as the lowest sigma of any schedule.
-    found = solve_ivp(slope, (math.log(start), math.log(1e-4)), first, "LSODA", rtol=1e-9, atol=1e-11, dense_output=True)
+    found = solve_ivp(slope, (math.log(start), math.log(LOW)), first, "LSODA", rtol=1e-9, atol=1e-11, dense_output=True)
     if not found.success:
         raise RuntimeError(f"no exact law of {member}, guidance {guidance:g}: {found.message}")
 
@@ -117,9 +119,11 @@ def exact(process: str, guidance: float, member: str, eta: float):
     return law
 
 
-def result(row: Row, cell: Cell) -> Tuple[np.ndarray, np.ndarray]:
-    """The mean and the deviation of y of each kind at the end of a run, shape (4,)."""
+def result(row: Row, cell: Cell, finished: bool = False) -> Tuple[np.ndarray, np.ndarray]:
+    """The mean and the deviation of y of each kind at the last positive sigma or, finished, at 0, shape (4,)."""
     process, kinds, sigmas = get_process(cell.process), len(MEAN), cell.sigmas()
+    if finished:
+        sigmas = torch.cat((sigmas, torch.zeros(1, dtype=sigmas.dtype)))
     if row.variable is None and cell.process == "flow":
         sigmas[0] = 0.9999          # as ComfyUI does
     steps, first = len(sigmas) - 1, sigmas[0].item()
@@ -152,19 +156,22 @@ def result(row: Row, cell: Cell) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def measure(cell: Cell, rows: Sequence[Row]) -> dict:
-    """One cell: ComfyUI's distance and every row's over it."""
+    """One cell: ComfyUI's distance and every row's over it; "finished": ComfyUI's and the default's over it at sigma = 0."""
+    law = exact(cell.process, cell.guidance, cell.member, cell.eta)
     low = get_process(cell.process).lam(cell.sigmas()[-1:].numpy())[0]
-    mean, deviation = exact(cell.process, cell.guidance, cell.member, cell.eta)(low)
-    found: Dict[str, float] = {}
-    for row in rows:
+
+    def distance(row: Row, at: float, finished: bool) -> float:
         try:
-            own = result(row, cell)
-            found[row.name] = float(np.hypot(np.linalg.norm(own[0] - mean), np.linalg.norm(own[1] - deviation)))
+            own = result(row, cell, finished)
         except FloatingPointError:
-            found[row.name] = math.inf
-    base = found[COMFYUI.name]
+            return math.inf
+        return float(math.hypot(*(np.linalg.norm(a - b) for a, b in zip(own, law(at)))))
+
+    found = {row.name: distance(row, low, False) for row in rows}
+    base, last = found[COMFYUI.name], distance(COMFYUI, LOW, True)
     return {**dataclasses.asdict(cell), "comfyui": base,
-            "ratio": {name: min(value / base, DIVERGED) for name, value in found.items()}}
+            "ratio": {name: min(value / base, DIVERGED) for name, value in found.items()},
+            "finished": {"comfyui": last, "ratio": {DEFAULT.name: min(distance(DEFAULT, LOW, True) / last, DIVERGED)}}}
 
 
 def columns(done: Sequence[dict], what) -> Dict[str, List[dict]]:
@@ -205,7 +212,10 @@ def report(done: List[dict], command: str) -> str:
     lines += ["", "## What it shows", "", f"The default, {variables.against(done)}."]
     held = [cell for cell in done if cell["guidance"] <= 7.5 and cell["steps"] >= 5]
     if held:
-        lines += ["", f"With 5 steps and more and guidance up to 7.5 it is at {further(held)}."]
+        last = [cell["finished"] for cell in held]
+        free = [cell["finished"] for cell in held if cell["guidance"] == 1]
+        lines += ["", f"With 5 steps and more and guidance up to 7.5 it is at {further(held)}. Of the finished pictures it "
+                  f"is at {'; without guidance at '.join(map(further, (last, free) if free else (last,)))}."]
     return "\n".join(lines) + "\n"
 
 

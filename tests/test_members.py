@@ -97,13 +97,31 @@ def test_ratios_and_a_run_that_becomes_infinite(monkeypatch):
     assert (PRESETS["sde_4"].order, PRESETS["sde_4"].corrector) == (DEFAULT.order, DEFAULT.corrector)
     whole = result
 
-    def infinite(row, cell):
+    def infinite(row, *args):
         if row == DEFAULT:
             raise FloatingPointError
-        return whole(row, cell)
+        return whole(row, *args)
 
     monkeypatch.setattr(members, "result", infinite)
-    assert measure(CELL, [COMFYUI, DEFAULT])["ratio"][DEFAULT.name] == DIVERGED
+    found = measure(CELL, [COMFYUI, DEFAULT])
+    assert found["ratio"][DEFAULT.name] == found["finished"]["ratio"][DEFAULT.name] == DIVERGED
+
+
+@pytest.mark.parametrize("process, schedule", (("ve", "karras"), ("flow", "shift 3")))
+def test_the_finished_picture_lacks_what_lies_below_the_last_sigma(process, schedule):
+    """The mean of the data at each state: less than their deviation by 1 / (1 + (lambda / class)^2)^1/2 each."""
+    cell = Cell(process, 1.0, "sde_5", 1.0, schedule, 400)
+    low = members.get_process(process).lam(cell.sigmas()[-1:].numpy())[0]
+    mean, deviation = result(Row("lambda", 2), cell, True)
+    np.testing.assert_allclose(mean, MEAN, rtol=2e-2)
+    np.testing.assert_allclose(deviation, CLASS / np.sqrt(1 + (low / CLASS) ** 2), rtol=2e-2)
+    found = measure(cell, [COMFYUI, DEFAULT])["finished"]
+    assert found["comfyui"] == pytest.approx(np.linalg.norm(CLASS - CLASS / np.sqrt(1 + (low / CLASS) ** 2)), rel=0.3)
+
+
+def test_without_guidance_finished_pictures_are_not_further_off_than_comfyuis():
+    ratios = [measure(cell, [COMFYUI, DEFAULT])["finished"]["ratio"][DEFAULT.name] for cell in cells((6, 20, 50), (1.0,))]
+    assert len(ratios) == 168 and max(ratios) < 1.05
 
 
 def test_how_much_further_off_is_said_in_the_units_of_the_data():
@@ -130,7 +148,9 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     text = (tmp_path / "members.md").read_text()
     assert "--steps 6 --guidance 1" in text and "| sde_5, eta 0.5 (8) |" in text
     assert "The default, lambda / 3 / on / on" in text
-    assert "With 5 steps and more and guidance up to 7.5 it is at 0." in text and "further off in 0 of 8 cells." in text
+    assert "With 5 steps and more and guidance up to 7.5 it is at 0." in text
+    assert "further off in 0 of 8 cells. Of the finished pictures it is at 0." in text
+    assert "further off in 0 of 8 cells; without guidance at 0." in text
     kept = json.loads((tmp_path / "members.json").read_text())
     assert len(kept["cells"]) == 8 and all(math.isfinite(c["ratio"][DEFAULT.name]) for c in kept["cells"])
 
