@@ -44,7 +44,7 @@ from .variables import COMFYUI, DEFAULT, DIVERGED, GUIDANCE, SCHEDULES, STEPS, R
 
 Tensor = torch.Tensor
 # Noise scale and eta.
-ODE = ("ode", 0.0),
+ODE = (("ode", 0.0),)
 MEMBERS = (*((f"sde{n}", 1.0) for n in ("", "_1", "_2", "_3", "_4", "_5")), ("sde_5", 0.5))
 CLASS, MEAN = np.array([0.03, 0.1, 0.3, 0.6]), np.array([0.02, 0.1, 0.3, 0.6])
 ALL = np.hypot(CLASS, MEAN)         # the classes lie around 0
