@@ -195,6 +195,17 @@ def further(done: Sequence[dict]) -> str:
             f"have deviations of {CLASS.min():g} to {CLASS.max():g}), by more than 0.01 in {(excess > 0.01).sum()}")
 
 
+def parts_of(held: Sequence[dict]) -> List[str]:
+    """The default by steps and by schedule: how many cells, their mean, those more than 5 % further off, the largest."""
+    lines = ["| part | cells | geometric mean | more than 5 % further off | largest |", "|---|---|---|---|---|"]
+    for name, part in {**columns(held, lambda c: f"{c['steps']} steps"),
+                       **columns(held, lambda c: f"{c['process']}, {c['schedule']}")}.items():
+        ratio = np.array([cell["ratio"][DEFAULT.name] for cell in part])
+        lines.append(f"| {name} | {len(part)} | {np.exp(np.log(ratio).mean()):.2f} | {(ratio > variables.WORSE).sum()} | "
+                     f"{ratio.max():.2f} |")
+    return lines
+
+
 def report(done: List[dict], command: str) -> str:
     """The Markdown tables."""
     member = lambda c: c["member"] if c["eta"] == 1 else f"{c['member']}, eta {c['eta']:g}"
@@ -216,6 +227,7 @@ def report(done: List[dict], command: str) -> str:
         free = [cell["finished"] for cell in held if cell["guidance"] == 1]
         lines += ["", f"With 5 steps and more and guidance up to 7.5 it is at {further(held)}. Of the finished pictures it "
                   f"is at {'; without guidance at '.join(map(further, (last, free) if free else (last,)))}."]
+        lines += ["", *parts_of(held)]
     return "\n".join(lines) + "\n"
 
 

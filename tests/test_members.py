@@ -151,6 +151,7 @@ def test_the_command_writes_its_tables(tmp_path, monkeypatch):
     assert "With 5 steps and more and guidance up to 7.5 it is at 0." in text
     assert "further off in 0 of 8 cells. Of the finished pictures it is at 0." in text
     assert "further off in 0 of 8 cells; without guidance at 0." in text
+    assert text.count("| ve, karras | 1 | 0.") == 1 and "| 6 steps | 8 | 0." in text
     kept = json.loads((tmp_path / "members.json").read_text())
     assert len(kept["cells"]) == 8 and all(math.isfinite(c["ratio"][DEFAULT.name]) for c in kept["cells"])
 
