@@ -51,7 +51,8 @@ bend as large as D is of no use whatever it comes from.
 
 Two more rules depend on the schedule alone.  Terms of second and higher order are weighted by the share of the state's noise
 that is common to their nodes (`_shared`), since fresh noise makes D rough.  And the order drops where the weights would
-amplify errors (`_AMPLIFICATION`), after a step much shorter than its successor.  None changes the order of convergence.
+amplify errors, after steps much shorter than their successors; with noise third and higher differences sooner, wherever steps
+grow (`_ADAMS_BASHFORTH`).  None changes the order of convergence of the ODE, or with noise that of orders up to 3.
 
 **Long steps**, longer than `_FULL`, or `_FULL_NOISY` with much noise, are too long for polynomials; few steps are all of
 this kind.  They use what a polynomial does not know: that D is an estimate of x_0.  By Tweedie's formula D = y - lambda^2 e,
@@ -461,10 +462,13 @@ _FINEST = 0.02
 _LOUD = 1e6
 # Times the root of the rounding: the lambda where y - D, of size lambda^2, is lost in it.
 _LOST = 3.0
-# A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is at
-# most three times that of the Adams-Bashforth method of the same order.  Regular schedules stay below half of it; after a
-# step much shorter than its successor (a nearly repeated sigma) the order drops instead.
-_AMPLIFICATION = (1.0, 3 * 2.0, 3 * 44 / 12, 3 * 160 / 24, 3 * 8794 / 720, 3 * 32812 / 1440)
+# A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is
+# compared with that of the Adams-Bashforth method of the same order, and the order drops instead.  Regular schedules stay
+# below one and a half times as much; a step much longer than the one before it (after a nearly repeated sigma) does not.
+# Where the step adds noise, third and higher differences may not amplify by more than they do with equal steps: guidance
+# makes of them an instability of the finest scale, which the trust, whose norms are the noise's, does not see.
+_ADAMS_BASHFORTH = (1.0, 2.0, 44 / 12, 160 / 24, 8794 / 720, 32812 / 1440)
+_UNEQUAL = 3.0
 # Two evaluations closer than this fraction of the step count as one: the newer one stands for both.
 _SAME = 1e-3
 
@@ -667,11 +671,13 @@ class _Exact:
             return self._predicted[r]
         nodes, coef = self.nodes[r], self.kept[r]
         where = [self.tau[e] for e in nodes]
+        noisy = self.level[r][0] != self.level[r][1]
         total, part, used = [coef[0]], [1.0], 1
         for k in range(1, len(nodes)):
             part = _one_more(part, where[:k], where[k])
             higher = [t + coef[k] * d for t, d in zip((*total, 0.0), part)]
-            if sum(map(abs, higher)) > _AMPLIFICATION[k] * abs(coef[0]):
+            bound = _ADAMS_BASHFORTH[k] * (1.0 if noisy and k > 2 else _UNEQUAL)
+            if sum(map(abs, higher)) > bound * abs(coef[0]):
                 break
             total, used = higher, k + 1
         flat, bend = {nodes[0]: coef[0]}, {}

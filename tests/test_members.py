@@ -91,6 +91,15 @@ def test_more_steps_are_nearer_to_the_exact_law(member, eta, kind):
     assert many["ratio"][DEFAULT.name] < 2
 
 
+@pytest.mark.parametrize("order", (3, 4, 5))
+@pytest.mark.parametrize("member, eta", (("sde_5", 1.0), ("sde_4", 0.5), ("sde", 0.1)))
+def test_no_order_runs_wild_at_high_guidance_where_steps_grow(member, eta, order):
+    """Third differences made the finest scale unstable, which the trust does not see in the noise: up to 128 times."""
+    for steps in (20, 30, 50):
+        row = Row("lambda", order, True, True)
+        assert measure(Cell("ve", 7.5, member, eta, "simple", steps), [COMFYUI, row])["ratio"][row.name] < 5
+
+
 def test_ratios_and_a_run_that_becomes_infinite(monkeypatch):
     found = measure(CELL, [COMFYUI, DEFAULT])
     assert found["ratio"][COMFYUI.name] == 1.0 and 0 < found["ratio"][DEFAULT.name] < 2

@@ -186,6 +186,22 @@ def test_nearly_repeated_sigmas_do_not_amplify(gap, corrector):
         assert sum(abs(w) for _, w in step.evaluations) < 30
 
 
+@pytest.mark.parametrize("process", ["ve", "flow"])
+def test_third_differences_amplify_no_more_than_with_equal_steps_where_there_is_noise(process):
+    """The sum of |weights| over that of the weights, against the Adams-Bashforth methods' of orders 4 and 5."""
+    of = lambda lam: (lam / (1 + lam) if process == "flow" else lam).tolist()
+    sigmas = of(10 - np.cumsum(np.linspace(0.2, 1.2, 12)))
+    amplified = lambda step: sum(abs(w) for _, w in step.evaluations) / abs(sum(w for _, w in step.evaluations))
+    bounds = {4: 160 / 24, 5: 8794 / 720}
+    without, noisy = (plan(sigmas, process, "sde_5", eta, order=5, corrector=False) for eta in (0.0, 1.0))
+    assert any(amplified(step) > bounds[used] for step, used in zip(without.steps, without.orders) if used > 3)
+    assert all(amplified(step) <= bounds[used] for step, used in zip(noisy.steps, noisy.orders) if used > 3)
+    assert min(noisy.orders[2:]) == 3
+    # Where steps shrink the orders are the same.
+    falling = of(10 - np.cumsum(1.8 * 0.85 ** np.arange(10)))
+    assert plan(falling, process, "sde_5", 1.0, order=5, corrector=False).orders == (1, 2, 3, 4, *[5] * 5)
+
+
 @pytest.mark.parametrize("gap", [1e-5, 1e-9])
 def test_nearly_repeated_sigmas_count_once(gap):
     """The newer evaluation stands for both, and the order is that of the schedule without the repetition."""
