@@ -128,10 +128,12 @@ def result(row: Row, cell: Cell, finished: bool = False) -> Tuple[np.ndarray, np
         sigmas[0] = 0.9999          # as ComfyUI does
     steps, first = len(sigmas) - 1, sigmas[0].item()
     alpha = float(process.alpha(np.array([first]))[0])
-    # Of each kind: the mean, the weight of the start's normal, and that of each step's.
+    # Of each kind: the mean, the weight of the start's normal, and that of each step's.  Times the root of how many they
+    # are, which makes the mean square of these numbers that of the pixels.
+    size = math.sqrt(steps + 2)
     state = torch.zeros(1, kinds, steps + 2, dtype=torch.float64)
-    state[0, :, 0] = torch.from_numpy(alpha * MEAN)
-    state[0, :, 1] = torch.from_numpy(np.hypot(alpha * CLASS, first))
+    state[0, :, 0] = torch.from_numpy(size * alpha * MEAN)
+    state[0, :, 1] = torch.from_numpy(size * np.hypot(alpha * CLASS, first))
 
     def model(x, sigma):
         at = np.array([sigma[0].item()])
@@ -142,17 +144,17 @@ def result(row: Row, cell: Cell, finished: bool = False) -> Tuple[np.ndarray, np
             a, b = denoiser(process.lam(at)[0], cell.guidance)
             a = a / alpha
         out = torch.from_numpy(a)[:, None] * x
-        out[0, :, 0] += torch.from_numpy(b)
+        out[0, :, 0] += torch.from_numpy(size * b)
         return out
 
     def noise(i):
         out = torch.zeros_like(state)
-        out[0, :, i + 2] = 1.0
+        out[0, :, i + 2] = size
         return out
 
     x = run_plan(row.plan(sigmas, cell.process, cell.member, cell.eta), model, state, sigmas, noise, {}, None, True)[0]
-    alpha = float(process.alpha(sigmas[-1:].numpy())[0])
-    return x[:, 0].numpy() / alpha, x[:, 1:].norm(dim=1).numpy() / alpha
+    size *= float(process.alpha(sigmas[-1:].numpy())[0])
+    return x[:, 0].numpy() / size, x[:, 1:].norm(dim=1).numpy() / size
 
 
 def measure(cell: Cell, rows: Sequence[Row]) -> dict:

@@ -51,8 +51,8 @@ bend as large as D is of no use whatever it comes from.
 
 Two more rules depend on the schedule alone.  Terms of second and higher order are weighted by the share of the state's noise
 that is common to their nodes (`_shared`), since fresh noise makes D rough.  And the order drops where the weights would
-amplify errors, after steps much shorter than their successors; with noise third and higher differences sooner, wherever steps
-grow (`_ADAMS_BASHFORTH`).  None changes the order of convergence of the ODE, or with noise that of orders up to 3.
+amplify errors, after steps much shorter than their successors; with noise third and higher differences drop sooner, wherever
+steps grow (`_ADAMS_BASHFORTH`).  None changes the order of convergence of the ODE, or with noise that of orders up to 3.
 
 **Long steps**, longer than `_FULL`, or `_FULL_NOISY` with much noise, are too long for polynomials; few steps are all of
 this kind.  They use what a polynomial does not know: that D is an estimate of x_0.  By Tweedie's formula D = y - lambda^2 e,

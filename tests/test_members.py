@@ -54,21 +54,24 @@ def test_the_denoiser_is_the_guided_one_of_the_two_models():
     np.testing.assert_allclose(a * y + b, of_all + 4.0 * (of_class - of_all), rtol=1e-12)
 
 
-def test_the_coefficients_are_what_pictures_show():
+@pytest.mark.parametrize("finished", (False, True))
+@pytest.mark.parametrize("cell", (CELL, Cell("ve", 1.0, "sde", 1.0, "simple", 6)), ids=lambda cell: cell.member)
+def test_the_coefficients_are_what_pictures_show(cell, finished):
     """The public sampler on a picture of many pixels of each kind, with one normal for each."""
-    count, sigmas = 60_000, CELL.sigmas()
+    count, sigmas = 60_000, cell.sigmas()
+    sigmas = torch.cat((sigmas, torch.zeros(1))) if finished else sigmas
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(1, 4, count, generator=generator, dtype=torch.float64)
     as_tensor = lambda value: torch.from_numpy(value)[:, None]
 
     def model(x, sigma):
-        a, b = denoiser(sigma[0].item(), CELL.guidance)
+        a, b = denoiser(sigma[0].item(), cell.guidance)
         return as_tensor(a) * x + as_tensor(b)
 
     start = as_tensor(MEAN) + as_tensor(np.hypot(CLASS, sigmas[0].item())) * draw()
-    out = ersde.sample_er_sde(model, start, sigmas, noise_scale=CELL.member, eta=CELL.eta,
+    out = ersde.sample_er_sde(model, start, sigmas, noise_scale=cell.member, eta=cell.eta,
                               noise_sampler=lambda *_: draw(), disable=True)[0]
-    mean, deviation = result(DEFAULT, CELL)
+    mean, deviation = result(DEFAULT, cell, finished)
     # Four standard deviations of a mean and of a deviation of as many numbers.
     np.testing.assert_allclose(out.mean(1), mean, atol=4 * deviation.max() / count ** 0.5)
     np.testing.assert_allclose(out.std(1), deviation, rtol=4 / (2 * count) ** 0.5)

@@ -1,0 +1,95 @@
+"""The benchmark of the members with noise on mixtures: its cells, its figures, a run that goes on."""
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import members_mixtures, quality
+from benchmarks.members import MEMBERS
+from benchmarks.members_mixtures import GUIDANCE, SETTINGS, STEPS, cells, main, table
+
+SMALL = dataclasses.replace(SETTINGS, count=64, reference=2, fine_steps=20)
+
+
+def test_every_combination_is_there_once():
+    plan = cells()
+    schedules = sum(map(len, quality.SCHEDULES.values()))
+    assert len(plan) == len({cell.name for cell in plan}) == len(quality.PROBLEMS) * schedules * len(MEMBERS) * len(STEPS)
+    assert {cell.problem.guidance or 1.0 for cell in plan} == set(GUIDANCE)
+    assert all(cell.problem.guidance == 4.0 for cell in cells(guidance=(4.0,)))
+
+
+def test_the_default_meets_the_same_member_by_comfyuis_formulas():
+    for cell in cells(steps=(5,))[::5]:
+        ours, theirs = cell.presets()
+        assert (ours.method, ours.order, ours.corrector) == ("exact", 3, True)
+        assert (theirs.method, theirs.corrector) == ("comfyui", False)
+        assert quality.law_of(ours) == quality.law_of(theirs)
+
+
+def test_the_figures_of_a_cell():
+    """Against the parts that quality.py measures for its own two rows of `sde_5`."""
+    cell = next(cell for cell in cells((5,), (4.0,), SMALL) if (cell.member, cell.eta) == ("sde_5", 1.0))
+    found = cell.measure()
+    for preset, mine in zip(cell.presets(), (found["ours"], found["comfyui"])):
+        row = quality.measure(cell.problem, quality._family(preset, preset.name, quality.OURS), 5)
+        assert row["excess"]["value"] == pytest.approx(mine, rel=1e-12)
+    law = cell.problem.law(cell.presets()[0])
+    assert found["least"] == pytest.approx(2 * law.floor_sd)
+    assert found["ratio"] == max(found["ours"], found["least"]) / max(found["comfyui"], found["least"])
+    low, high = found["over"]
+    assert low <= found["ours"] - 1.05 * found["comfyui"] <= high
+    assert found["worse"] == (found["ratio"] > 1.05 and low > 0)
+
+
+@pytest.mark.parametrize("ours, worse", (("exact", False), ("order 1", True)))
+def test_a_worse_sampler_is_told(ours, worse, monkeypatch):
+    """The first order in the default's place is further off, and the table says so."""
+    cell = next(cell for cell in cells((6,), (1.0,), dataclasses.replace(SETTINGS, count=384, reference=2))
+                if cell.problem.name == "digits" and (cell.member, cell.eta) == ("sde_5", 1.0))
+    if worse:
+        first, other = cell.presets()
+        monkeypatch.setattr(members_mixtures.Cell, "presets",
+                            lambda self: (dataclasses.replace(first, order=1, corrector=False), other))
+    row = cell.measure()
+    assert row["worse"] is worse and (row["ratio"] > 1.05) is worse
+    text = table([row], "command")
+    assert ("worse by more than 5 % with the whole interval: 1 of 1 cells" in text.lower()) is worse
+    assert ("| digits / ve / karras | sde_5 | 6 |" in text) is worse
+
+
+def test_far_pictures_are_counted(monkeypatch):
+    cell = cells((5,), (1.0,), SMALL)[0]
+    run = quality._run_preset
+
+    def thrown(preset):
+        def sampled(*args):
+            out = run(preset)(*args)
+            out[:3] += 100.0 if preset.name == "ours" else 0.0
+            return out
+        return sampled
+
+    monkeypatch.setattr(quality, "_run_preset", thrown)
+    assert cell.measure()["far"] == [3, 0]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(members_mixtures, "MEMBERS", MEMBERS[:1])
+    monkeypatch.setattr(members_mixtures, "SETTINGS", SMALL)
+    options = ["--guidance", "1", "--count", "64", "--out", str(tmp_path), "--steps"]
+    main([*options, "5"])
+    capsys.readouterr()
+    file = tmp_path / "members_mixtures.jsonl"
+    first = file.read_text()
+    file.write_text(first + '{"key": "cut')
+    measured = []
+    measure = members_mixtures.Cell.measure
+    monkeypatch.setattr(members_mixtures.Cell, "measure", lambda cell: measured.append(cell.steps) or measure(cell))
+    main([*options, "5", "6"])
+    assert measured == [6] * 8 and file.read_text().startswith(first)
+    rows = [json.loads(line) for line in file.read_text().splitlines() if "cut" not in line]
+    assert len(rows) == 16
+    text = (tmp_path / "members_mixtures.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "--steps 5 6 --guidance 1\n" in text and "| all | 16 |" in text and torch.__version__ in text
