@@ -24,6 +24,8 @@ Number = Union[float, np.ndarray, Tensor]
 HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
 _AS_IT_IS = contextlib.nullcontext()
+_FAR = 1e6          # the largest |R| / |D| that is told from infinity: its fourth power is a float32
+_UNFORESEEN = 0.14    # (|R| / |D|)^2 (1 - r)^2 of a change that halves the line of a step without a v
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
@@ -265,22 +267,29 @@ def mean_slope(m: Kind, amend: Amend, count: int, now: Number, turn: float, old:
 
 
 def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number,
-          before: Optional[Number]) -> Number:
+          before: Optional[Number], along: Optional[Number]) -> Number:
     """The weight on R_0 of a long step's bend.
 
     Args:
         by_law, sure: the bend by v, and whether there is a v.
         size, newest, before: |D_0|, |R_0| and, where the step has a ratio, |R_1|.
+        along: <R_0, R_1> where the step has a ratio and noise.
     """
     if not step.bend:
         return by_law * sure
     share = m.div(newest, size)             # infinite for D = 0
     by_line = by.line / m.addcmul(by.one, share, share)
     alone = by_line
-    if step.ratio != 0.0:
+    if along is not None:
+        share = m.clamp(share, 0.0, _FAR)
+        odd = share * (by.one - m.clamp(along / newest / m.clamp(before, min=TINY), -1.0, 1.0))
+        odd = odd * odd
+        wide = m.addcmul(by.one, share, share, value=1.0 - step.common)
+        alone = by.line / m.addcmul(wide, odd, odd, value=step.common / _UNFORESEEN ** 2)
+    elif step.ratio != 0.0:
         fall = before / newest
         fall = fall * fall
-        alone = by_line / m.addcmul(by.one, fall, fall, value=(step.common * step.ratio) ** 4)
+        alone = by_line / m.addcmul(by.one, fall, fall, value=step.ratio ** 4)
     return m.where(sure, m.maximum(by_law, by_line), alone)
 
 

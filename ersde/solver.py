@@ -231,9 +231,13 @@ def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence
         before: |R_1| if it is known.
     """
     far, newest = length(m, denoised), m.clamp(length(m, changes[0]), min=TINY)
-    if before is None and step.ratio != 0.0:
-        before = length(m, changes[1])
-    return measure.reach(m, by, step, *law, far, newest, before), far, newest
+    along = None
+    if step.ratio != 0.0:
+        if before is None:
+            before = length(m, changes[1])
+        if step.common != 1.0:
+            along = measure.total(m, like(changes[0], changes[1]) * changes[1])
+    return measure.reach(m, by, step, *law, far, newest, before, along), far, newest
 
 
 def _trust(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor]) -> Tuple[Number, Number, Number]:

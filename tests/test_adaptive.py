@@ -502,23 +502,30 @@ def test_the_bend_gives_the_predicted_state_its_variance(process, sigmas, scale)
             assert y_t @ y_t == pytest.approx(v + l_t ** 2, rel=within)
 
 
-def test_without_a_variance_the_bend_is_the_lines_and_fades_as_the_change_falls():
-    """c_1 / (1 + s^2), over 1 + (common ratio |R_1| / |R|)^4; with a variance the larger of the first and the law's."""
-    step = dataclasses.replace(Step(1.0, 0.0, (), 0.0), bend=(0.4,), ratio=1.0, common=0.5, long=True,
+@pytest.mark.parametrize("common", (1.0, 0.5))
+def test_without_a_variance_the_bend_is_the_lines_and_fades(common):
+    """Without noise c_1 / (1 + s^2), over 1 + (ratio |R_1| / |R|)^4, with it over what was not foreseen; with a variance the
+    larger of the first and the law's.
+    """
+    step = dataclasses.replace(Step(1.0, 0.0, (), 0.0), bend=(0.4,), ratio=1.0, common=common, long=True,
                                reach=Curve((0.3, -0.3), (1.0, 0.0), 1.0, 0.04, 1.0), amend=Amend(
                                    alpha=1.0, level=1.0, curve=Curve((0.2, 0.6), (0.7, 1.1), 1.0, 0.25, 1.0), usual=0.5))
     denoised = torch.tensor([[2.0, 0.0]] * 4, dtype=torch.float64)
     newest = torch.tensor([[0.0, 1.0]] * 4, dtype=torch.float64)
-    before = torch.tensor([[0.1, 0.0], [2.0, 0.0], [20.0, 0.0], [20.0, 0.0]], dtype=torch.float64)
+    before = torch.tensor([[0.1, 0.0], [1.6, 1.2], [-16.0, -12.0], [20.0, 0.0]], dtype=torch.float64)
     inverse = torch.tensor([[0.0], [0.0], [0.0], [1e9]], dtype=torch.float64)
     sure, _, by_law, _ = measure.correction(measure.TENSORS, by(step), inverse)
     law = by_law, sure
     weight, size, length = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)
     line = 0.4 / (1.0 + 0.25)
     assert size.flatten().tolist() == [2.0] * 4 and length.flatten().tolist() == [1.0] * 4
-    assert weight.flatten().tolist() == pytest.approx([line / (1.0 + 0.05 ** 4), line / 2.0, line / 10001.0, line])
+    if common == 1.0:
+        assert weight.flatten().tolist() == pytest.approx([line / (1.0 + 0.1 ** 4), line / 17.0, line / 160001.0, line])
+    else:
+        want = [0.4 / (1.0 + 0.5 * 0.25 + 0.5 * (0.25 * (1.0 - r) ** 2 / 0.14) ** 2) for r in (0.0, 0.6, -0.6)]
+        assert weight.flatten().tolist() == pytest.approx([*want, line])
     known = before.norm(dim=1, keepdim=True)                    # |R_1|, as the step before has measured it
-    assert torch.equal(solver._reach(measure.TENSORS, step, by(step), denoised, [newest, None], law, known)[0], weight)
+    assert torch.equal(solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, known)[0], weight)
     floats, m = by(step, floats=True), measure.Floats(denoised[:1])
     for i in range(4):
         sure, _, by_law, _ = measure.correction(m, floats, inverse[i].item())
