@@ -224,6 +224,11 @@ def total(m: Kind, x: Tensor, dtype: Optional[torch.dtype] = None) -> Number:
     return m.read(x.to(dtype or x.dtype) if x.ndim == 1 else x.sum(dim=rest(x.ndim), keepdim=True, dtype=dtype))
 
 
+def inner(m: Kind, x: Tensor, y: Tensor) -> Number:
+    """Inner product of each picture, float32 or wider."""
+    return total(m, (x.to(torch.float32) if x.dtype in HALF else x) * y)
+
+
 def inverse_variance(m: Kind, by: Numbers, amend: Amend, along: Number, size: Number) -> Number:
     """1 / v of each picture, 0 where there is none, from <R_0, e_0 - e_1> without its factor and |R_0|."""
     return m.clamp(m.addcdiv(by.zero, along, m.clamp(size * size, min=TINY), value=amend.factor), 0.0, _SURE)

@@ -236,7 +236,7 @@ def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence
         if before is None:
             before = length(m, changes[1])
         if step.common != 1.0:
-            along = measure.total(m, like(changes[0], changes[1]) * changes[1])
+            along = measure.inner(m, changes[0], changes[1])
     return measure.reach(m, by, step, *law, far, newest, before, along), far, newest
 
 

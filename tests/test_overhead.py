@@ -48,10 +48,13 @@ def test_long_steps_measure_their_trust_without_a_read_back():
 
 
 def test_long_steps_take_few_operations():
-    """All 10 steps are long, and measure the variance of the data: fewer operations than the host's own er_sde, 72."""
+    """All 10 steps are long, and measure the variance of the data: fewer operations than the host's own er_sde, 72.
+
+    Three of them are what tells how far the last change was foreseen.
+    """
     operations(10)                      # the plan is made once
     found = operations(10)
-    assert found["operations"] <= 35
+    assert found["operations"] <= 38
     assert found["read_backs"] == 0
 
 
@@ -60,7 +63,7 @@ def test_the_numbers_of_a_device_stay_there(monkeypatch):
     monkeypatch.setattr(measure, "kind", lambda x: measure.TENSORS)
     operations(10)
     found = operations(10)
-    assert found["operations"] <= 46
+    assert found["operations"] <= 50
     assert found["read_backs"] == 0
 
 
