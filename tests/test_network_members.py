@@ -45,4 +45,4 @@ def test_at_high_guidance_the_default_is_not_further_from_its_law_than_comfyui()
     blocks = evaluate.blocks(64, 64)
     held = {evaluate.key_of(cell, seeds): evaluate.block_row(cell, seeds) for cell in plan for seeds in blocks}
     [(_, _, found)] = compared(plan, blocks, held)
-    assert found["ratio"] < 0.9
+    assert found["ratio"] < 1.0
