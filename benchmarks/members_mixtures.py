@@ -29,10 +29,11 @@ import ersde
 
 from . import quality
 from .members import MEMBERS
+from .variables import WORSE
 
 STEPS, GUIDANCE = (5, 6, 8, 10, 15, 20, 30, 50), (1.0, 4.0, 7.5)
 SETTINGS = dataclasses.replace(quality.QUICK, count=768, reference=4, fine_steps=150, heavy_resamples=100)
-FAR, WORSE = 5.0, 1.05
+FAR = 5.0
 
 
 @dataclasses.dataclass(frozen=True)

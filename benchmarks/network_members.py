@@ -30,9 +30,9 @@ from ersde.noise_scale import NOISE_SCALES
 
 from . import evaluate, quality
 from .evaluate import Cell
+from .variables import WORSE
 
 FINE, CALLS, GUIDANCE = 60, (6, 8, 10, 15, 20), (1.0, 4.0, 7.5)
-WORSE = 1.05
 # A cell of ours, its member and its figures.
 Row = Tuple[Cell, str, Dict[str, object]]
 
