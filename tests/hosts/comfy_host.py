@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import os
+import shlex
 import socket
 import struct
 import subprocess
@@ -87,9 +88,10 @@ class ComfyUI:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1",
                "ERSDE_PRESETS": str(self.base / "presets.json"), "ERSDE_TEST_REPOSITORY": str(REPOSITORY), **self.env}
         self.process = subprocess.Popen(
-            [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--listen", "127.0.0.1",
-             "--port", str(self.port), "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
-             "--disable-auto-launch", "--disable-api-nodes", "--preview-method", "latent2rgb", *self.options],
+            [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--listen", "127.0.0.1", "--port", str(self.port),
+             "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", "--disable-auto-launch",
+             "--disable-api-nodes", "--preview-method", "latent2rgb",
+             *shlex.split(os.environ.get("COMFYUI_ARGS", "--cpu")), *self.options],
             cwd=self.base, env=env, stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT)
         end = time.monotonic() + START_S
         while True:

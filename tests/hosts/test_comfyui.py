@@ -1,9 +1,10 @@
-"""A real ComfyUI on the CPU, driven through its HTTP API and websocket with tiny random models.
+"""A real ComfyUI, driven through its HTTP API and websocket with tiny random models.
 
     COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/its/python python -m pytest tests/hosts -k comfyui
 
 COMFYUI_PATH may be left out when the pack lies in a ComfyUI's custom_nodes, and COMFYUI_PYTHON when this Python has its
-packages.  Nothing is written to that folder: the server runs from a scratch folder that links to it.
+packages.  COMFYUI_ARGS are further flags for its main.py, `--cpu` where it is not set; set to nothing, the host runs on its
+GPU.  Nothing is written to that folder: the server runs from a scratch folder that links to it.
 """
 import json
 import time
