@@ -134,12 +134,20 @@ def _digest(*texts: str) -> str:
 
 
 def _code(source: str) -> str:
-    """`source` without comments, docstrings and layout."""
+    """`source` without comments, docstrings and layout, the same from every Python."""
     tree = ast.parse(textwrap.dedent(source))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return ast.dump(tree)
+    return _tree(tree)
+
+
+def _tree(part) -> str:
+    """What `ast.dump` writes, less the fields that are empty, which a newer Python may have more of."""
+    if isinstance(part, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(part) if value is not None and value != [])
+        return f"{type(part).__name__}({', '.join(f'{name}={_tree(value)}' for name, value in fields)})"
+    return f"[{', '.join(map(_tree, part))}]" if isinstance(part, list) else repr(part)
 
 
 @functools.lru_cache(None)

@@ -158,3 +158,14 @@ def test_ratios_and_shares_of_known_rows():
     assert cell["best"] == "ours few_steps" and cell["peer"] == "k"
     assert cell["default/comfyui"]["value"] == 0.5 and cell["default/peer"]["value"] == 4
     assert cell["best/peer"]["interval"] == pytest.approx([2, 2])
+
+
+def test_the_digest_of_code_is_the_same_from_every_python():
+    """Comments, docstrings, layout and a newer Python's empty fields are no change; a constant is."""
+    source = 'def f(a, b=None):\n    "What."\n    return [a, f"{b!r}", 0, False]  # so\n'
+    loose = source.replace("(a, b=None)", "(\n    a, b=None\n)").replace("What", "Which").replace("  # so", "")
+    assert quality._code(source) == quality._code(loose) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(args=[arg(arg='a'), arg(arg='b')], defaults=[Constant()]), "
+        "body=[Return(value=List(elts=[Name(id='a', ctx=Load()), JoinedStr(values=[FormattedValue(value=Name(id='b', "
+        "ctx=Load()), conversion=114)]), Constant(value=0), Constant(value=False)], ctx=Load()))])])")
+    assert quality._code(source.replace("0", "False")) != quality._code(source)
