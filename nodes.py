@@ -46,7 +46,8 @@ def _first_inputs():
             "\"as preset\": the preset's. With eta 0 it makes no difference.")),
         io.Float.Input("eta", default=-1.0, min=-1.0, max=10.0, step=0.05, round=0.001, tooltip=(
             "Raise it for more fresh noise in every step: more varied detail, and more steps needed. 0 is the noise-free "
-            "ODE, 1 the noise scale as published. Below 0, such as -1: as the preset has it.")),
+            "ODE, 1 the noise scale as published. Flow models: with any eta above 0 all noise scales but sde_1 and sde_4 "
+            "replace the first noise at once. Below 0, such as -1: as the preset has it.")),
         io.Float.Input("s_noise", default=-1.0, min=-1.0, max=10.0, step=0.01, round=0.001, tooltip=(
             "Raise it for stronger noise than the method calls for: more grain and texture, soon a dirty picture; under 1 "
             "the picture gets smoother. 1 is right in theory. Below 0, such as -1: as the preset has it.")),
@@ -79,8 +80,8 @@ def _later_inputs(for_run=True):
             + "".join(f"{name}: {text}\n" for name, text in comfyui.NOISES.items())
             + "comfyui: ComfyUI's own generator, one for the whole batch")),
         io.Int.Input("step_noise_seed", default=-1, min=-1, max=SEED_MAX, optional=True, tooltip=(
-            "Any number from 0 gives other noise in the steps with the same first noise: variations of one picture. -1: "
-            "the run's own seed.")),
+            "Any number from 0 gives other noise in the steps with the same first noise: variations of one picture (of "
+            "flow models other pictures, where the steps replace the first noise: see eta). -1: the run's own seed.")),
         io.Boolean.Input("cfg_pp", default=False, optional=True, tooltip=(
             "CFG++: takes the noise direction from the prediction for the negative prompt, for natural colours. Set cfg to "
             "0.6 to 2 with it: it guides in full in every step, so more steps want less.")),

@@ -242,6 +242,16 @@ def test_flow_from_sigma_one_needs_no_offset():
         assert rms(got, want) < 0.1 * rms(want, torch.zeros(()))
 
 
+@pytest.mark.parametrize("scale", NOISE_SCALES)
+def test_which_noise_scales_replace_the_first_noise_of_a_flow_model(scale):
+    """From lambda = infinity rho = (g_t / g_s)^eta lambda_s / lambda_t of the noise is left: what the nodes say of eta."""
+    model, sigmas = separated("flow"), flow_schedule(12)
+    first, other = (model.start(64, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    one, two = (sample(model, x, sigmas, noise_scale=scale, eta=0.01, extra_args={"seed": 1}) for x in (first, other))
+    kept = rms(one, two) / rms(one, one.flip(0))
+    assert kept > 0.5 if scale in ("ode", "sde_1", "sde_4") else kept < 1e-6
+
+
 @pytest.mark.parametrize("order, corrector", [(1, True), (2, False), (3, True)])
 def test_order_from_sigma_one(order, corrector):
     """The step from lambda = infinity does not spoil what follows it: near second order from sigma = 1, the steps there
