@@ -23,7 +23,8 @@ Comparisons of two samplers resample the same seeds in both.
 Every picture is made from its seed alone: its class, its start and the path of its noise (`ersde.noise`).  Seeds go in
 blocks of --block, each a batch of its own, because a matrix product may round otherwise in another batch: so 1, 2 or 4
 processes make the same set, bit for bit on equal machines.  Each process appends its finished blocks to a file of its own in
-DIR; a run takes up where the last one stopped, with any number of processes.  DIR gets evaluate.json, evaluate.md and plots.
+DIR; a run takes up where the last one stopped, with any number of processes.  At the end as many measure on the first one's
+machine.  DIR gets evaluate.json, evaluate.md and plots.
 """
 from __future__ import annotations
 
@@ -36,9 +37,11 @@ import functools
 import hashlib
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -353,6 +356,9 @@ def load_reference(path: Path = REFERENCE) -> Reference:
     return Reference(state["mean"], root, state["draws"], state["real"], _file_digest(path))
 
 
+_reference = functools.lru_cache(None)(load_reference)
+
+
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
@@ -444,6 +450,18 @@ def measure(features: np.ndarray, labels: Tensor, reference: Reference) -> dict:
                           for name, values in (("frechet", frechet), ("kernel", kernel))}}
 
 
+def _features_and_labels(blocks: Sequence[Tuple[Sequence[int], dict]]) -> Tuple[np.ndarray, Tensor]:
+    """Of the blocks of one cell, for `measure`."""
+    return (np.concatenate([features_of(row) for _, row in blocks]),
+            torch.tensor([seed % len(CLASSES) for some, _ in blocks for seed in some]))
+
+
+def _measure_alone(work: Tuple[np.ndarray, Tensor]) -> dict:
+    """`measure` in a process of its own."""
+    torch.set_num_threads(1)
+    return measure(*work, _reference())
+
+
 def paired(one: dict, other: dict, what: str, how) -> dict:
     """how(one's distance, other's), such as their ratio, and its 95 % interval over the seeds, the same ones in both.
 
@@ -466,7 +484,7 @@ FEWER = ((6, 9), (8, 12), (10, 15), (6, 12), (10, 20), (15, 30))        # ours, 
 def _measuring_source() -> str:
     parts = (measure, kernel_distance, _pairs, precision_recall, resamples, _kernel, _radii, features_of, quality.frechet,
              quality.interval)
-    return quality._digest(*(quality._code(inspect.getsource(part)) for part in parts), load_reference().digest)
+    return quality._digest(*(quality._code(inspect.getsource(part)) for part in parts), _reference().digest)
 
 
 class Results:
@@ -482,7 +500,7 @@ class Results:
 
     def __init__(self, cells: Sequence[Cell], seeds: Sequence[Sequence[int]], rows: Dict[str, dict], folder: Path,
                  devices: Sequence[str] = ("cpu",)):
-        self.reference, self.blocks, self.path = load_reference(), {}, folder / "evaluate_measured.jsonl"
+        self.reference, self.blocks, self.path = _reference(), {}, folder / "evaluate_measured.jsonl"
         self.made: Dict[str, List[Cell]] = {device: [] for device in devices}
         self.block = len(seeds[0])
         for cell in cells:
@@ -519,21 +537,39 @@ class Results:
     def diverged(self, cell: Cell) -> bool:
         return any(row.get("diverged") for _, row in self.blocks[cell])
 
-    def of(self, cell: Cell, count: Optional[int] = None) -> dict:
-        """The metrics of a cell's first `count` pictures, a whole number of blocks; None: of all."""
+    def _used(self, cell: Cell, count: Optional[int]) -> Tuple[str, list]:
+        """The name of what `of` measures, and its blocks."""
         used, left = [], self.count(cell) if count is None else count
         for some, row in self.blocks[cell]:
             if left >= len(some):
                 used.append((some, row))
                 left -= len(some)
-        key = quality._digest(*(row["key"] for _, row in used), _measuring_source())
+        return quality._digest(*(row["key"] for _, row in used), _measuring_source()), used
+
+    def of(self, cell: Cell, count: Optional[int] = None) -> dict:
+        """The metrics of a cell's first `count` pictures, a whole number of blocks; None: of all."""
+        key, used = self._used(cell, count)
         if key not in self.done:
-            labels = torch.tensor([seed % len(CLASSES) for some, _ in used for seed in some])
-            found = measure(np.concatenate([features_of(row) for _, row in used]), labels, self.reference)
-            self.done[key] = {"key": key, **found}
-            with quality.appending(self.path) as file:
-                file.write(json.dumps(self.done[key]) + "\n")
+            self._keep(key, measure(*_features_and_labels(used), self.reference))
         return self.done[key]
+
+    def _keep(self, key: str, found: dict) -> None:
+        self.done[key] = {"key": key, **found}
+        with quality.appending(self.path) as file:
+            file.write(json.dumps(self.done[key]) + "\n")
+
+    def measure_all(self, processes: int) -> None:
+        """Measures what `of` will be asked for, on several processes of this machine; two cells compare at the smaller N of
+        theirs."""
+        counts = {self.count(cell) for cell in self.blocks}
+        wanted = dict(self._used(cell, count) for cell in self.blocks if not self.diverged(cell)
+                      for count in counts if count <= self.count(cell))
+        wanted = {key: _features_and_labels(used) for key, used in wanted.items() if key not in self.done}
+        if processes > 1 and len(wanted) > 1:
+            with ProcessPoolExecutor(min(processes, len(wanted)), multiprocessing.get_context("spawn")) as pool:
+                found = pool.map(_measure_alone, wanted.values())
+                for key, one in zip(wanted, tqdm(found, desc="measuring", unit="cell", total=len(wanted))):
+                    self._keep(key, one)
 
     def compare(self, one: Cell, other: Cell) -> dict:
         """The distances of two cells at the N that both have, ours over theirs, paired by seed.
@@ -731,13 +767,14 @@ def main(argv=None) -> int:
     seeds = blocks(args.count, args.block)
     items = [(cell, some) for some in seeds for cell in cells]
     rows, made = (held(args.out), 0) if args.report else sample(items, args.out, device=args.device[0])
-    first = rank() == 0
+    first, processes = rank() == 0, world()
     if dist.is_initialized():
         dist.destroy_process_group()
     if first and not args.sample:
         results = Results(cells, seeds, rows, args.out, args.device)
         if not results.blocks:
             parser.error(f"--report: no block of these cells is in {args.out}")
+        results.measure_all(processes)
         text = report(results, args.out)
         print(text[text.index("## "):text.index("## Every cell")])
         print(f"{len(results.blocks)} cells, {made} blocks made now by this process, in {args.out}")

@@ -185,6 +185,22 @@ def test_a_run_takes_up_where_it_stopped(tmp_path):
     assert evaluate.sample(items, tmp_path, quiet=True) == (again, 0)
 
 
+def test_several_processes_measure_the_same(tmp_path):
+    """At every N that a comparison can be made at, and nothing twice."""
+    one, two = evaluate.plan(["ve"], [1.0], [3], "^ours (sde_5|ode)$")
+    seeds = evaluate.blocks(20, 10)
+    rows, _ = evaluate.sample([(one, seeds[0]), (one, seeds[1]), (two, seeds[0])], tmp_path, quiet=True)
+    alone, several = (evaluate.Results([one, two], seeds, rows, tmp_path / name) for name in ("alone", "several"))
+    several.measure_all(2)
+    assert len(several.done) == 3
+    held = dict(several.done)
+    for results in (alone, several):
+        results.of(one), results.of(one, 10), results.of(two)
+    assert several.done == held == alone.done
+    again = evaluate.Results([one, two], seeds, rows, tmp_path / "several")
+    assert json.loads(json.dumps(again.done)) == json.loads(json.dumps(held))
+
+
 def test_the_command_reports_what_is_there(tmp_path, capsys):
     arguments = ["--calls", "6", "9", "--guidance", "1", "--process", "ve", "--filter",
                  "^(ours|comfyui) sde_5$|^ours few|2m$", "--block", "20", "--out", str(tmp_path)]
