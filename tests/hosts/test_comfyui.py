@@ -3,9 +3,9 @@
     COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/its/python python -m pytest tests/hosts -k comfyui
 
 COMFYUI_PATH may be left out when the pack lies in a ComfyUI's custom_nodes, and COMFYUI_PYTHON when this Python has its
-packages.  COMFYUI_ARGS are further flags for its main.py, `--cpu` where it is not set; with `--force-fp32` the host runs on its
-GPU, and with nothing there in half precision, where two pictures that should be the same can be 2 of 255 apart: seven tests
-allow 1.  Nothing is written to that folder: the server runs from a scratch folder that links to it.
+packages.  COMFYUI_ARGS are further flags for its main.py, `--cpu` where it is not set; with `--force-fp32` the host runs on
+its GPU, and with nothing there in half precision, where two pictures that should be the same can be 2 of 255 apart: seven
+tests allow 1.  Nothing is written to that folder: the server runs from a scratch folder that links to it.
 """
 import json
 import time
