@@ -1,15 +1,18 @@
 """Every member with noise on mixtures: the default against ComfyUI's formulas, at equal model calls.
 
     python -m benchmarks.members_mixtures [--steps N ...] [--guidance W ...] [--count N] [--out DIR]
+    python -m benchmarks.members_mixtures --random N [--seed S] ...        on mixtures that nobody chose
 
 The problems, schedules and exact laws are those of benchmarks/quality.py, which has ComfyUI's formulas of `sde_5` alone;
-here every noise scale meets its own, from the same starts and with the same noise.  The figure is the squared Frechet
-distance to the member's law less that of exact samples of the same N (the excess), no less than twice the floor's standard
-deviation: two cells below it count as equal.  A cell is worse where the excess is more than 5 % above ComfyUI's with the
-whole 95 % interval, a centred bootstrap over the starting points, the same in both.  `far` are the pictures that end further
-from every component of the data than five deviations of the exact ones.
+here every noise scale meets its own, from the same starts and with the same noise.  With --random the problems are the N
+mixtures of benchmarks/random_mixtures.py from the seed S on, on its schedules, under the guidance that they were drawn with.
+The figure is the squared Frechet distance to the member's law less that of exact samples of the same N (the excess), no less
+than twice the floor's standard deviation: two cells below it count as equal.  A cell is worse where the excess is more than
+5 % above ComfyUI's with the whole 95 % interval, a centred bootstrap over the starting points, the same in both.  `far` are
+the pictures that end further from every component of the data than five deviations of the exact ones.
 
-A cell is a line of JSON in DIR, and a run takes up where the last one stopped.  DIR gets members_mixtures.md.
+A cell is a line of JSON in DIR, and a run takes up where the last one stopped.  DIR gets members_mixtures.md, that of
+--random members_mixtures_random.md, with a seed other than 1 in its name.
 """
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from tqdm import tqdm
 
 import ersde
 
-from . import quality
+from . import quality, random_mixtures
 from .members import MEMBERS
 from .variables import WORSE
 
@@ -81,13 +84,27 @@ def cells(steps: Sequence[int] = STEPS, guidance: Sequence[float] = GUIDANCE,
     """All of them, those of one problem side by side."""
     problems = [quality.Problem(name, scale, process, kind, settings) for name, scale in quality.PROBLEMS
                 if (scale or 1.0) in guidance for process, kinds in quality.SCHEDULES.items() for kind in kinds]
+    return _of(problems, steps)
+
+
+def random_cells(count: int, seed: int = 1, steps: Sequence[int] = STEPS,
+                 settings: quality.Settings = SETTINGS) -> List[Cell]:
+    """Those of `count` random mixtures, whose name has their seed and dimension."""
+    problems = [quality.Problem(f"mixture {one} of dimension {mixture[0].dim}", mixture[0].guidance, process, kind, settings,
+                                mixture)
+                for one in range(seed, seed + count) for process, kinds in random_mixtures.SCHEDULES.items()
+                for mixture in [random_mixtures.mixture(one, process)] for kind in kinds]
+    return _of(problems, steps)
+
+
+def _of(problems: Sequence[quality.Problem], steps: Sequence[int]) -> List[Cell]:
     return [Cell(problem, member, eta, n) for problem, (member, eta), n in itertools.product(problems, MEMBERS, steps)]
 
 
 @functools.lru_cache(None)
 def _source() -> str:
-    own = quality._code(Path(__file__).read_text(encoding="utf-8"))
-    return quality._digest(quality._own_source(), quality._measuring_source(), own, torch.__version__)
+    own = (quality._code(Path(path).read_text(encoding="utf-8")) for path in (__file__, random_mixtures.__file__))
+    return quality._digest(quality._own_source(), quality._measuring_source(), *own, torch.__version__)
 
 
 def run(plan: Sequence[Cell], path: Path, quiet: bool = False) -> List[dict]:
@@ -145,20 +162,31 @@ def main(argv=None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.members_mixtures", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="model calls of a run")
-    parser.add_argument("--guidance", type=float, nargs="+", default=list(GUIDANCE), choices=GUIDANCE, metavar="W",
-                        help="guidance scales; 1 is none")
+    parser.add_argument("--guidance", type=float, nargs="+", choices=GUIDANCE, metavar="W",
+                        help="guidance scales; 1 is none (default: all)")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="on so many random mixtures")
+    parser.add_argument("--seed", type=int, metavar="S", help="the first of these (default 1)")
     parser.add_argument("--count", type=int, default=SETTINGS.count, help="starting points of a cell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     args = parser.parse_args(argv)
+    if args.random < 0 or (args.random and args.guidance):
+        parser.error("--random: a count of mixtures, which have a guidance of their own; not with --guidance")
+    if args.seed is not None and not args.random:
+        parser.error("--seed: of the mixtures of --random")
     torch.set_num_threads(1)
-    plan = cells(args.steps, args.guidance, dataclasses.replace(SETTINGS, count=args.count))
-    command = "python -m benchmarks.members_mixtures"
-    for name, usual in (("steps", STEPS), ("guidance", GUIDANCE)):
-        values = getattr(args, name)
-        command += f" --{name} {' '.join(f'{v:g}' for v in values)}" if tuple(values) != usual else ""
-    command += f" --count {args.count}" if args.count != SETTINGS.count else ""
+    settings, seed = dataclasses.replace(SETTINGS, count=args.count), 1 if args.seed is None else args.seed
+    command, name = "python -m benchmarks.members_mixtures", "members_mixtures"
+    if args.random:
+        plan = random_cells(args.random, seed, args.steps, settings)
+        command += f" --random {args.random}" + (f" --seed {seed}" if seed != 1 else "")
+        name += "_random" + (f"_{seed}" if seed != 1 else "")
+    else:
+        plan = cells(args.steps, args.guidance or GUIDANCE, settings)
+    for option, usual in (("steps", STEPS), ("guidance", GUIDANCE), ("count", (SETTINGS.count,))):
+        values = tuple(np.atleast_1d(getattr(args, option) or usual))
+        command += f" --{option} {' '.join(f'{v:g}' for v in values)}" if values != usual else ""
     text = table(run(plan, args.out / "members_mixtures.jsonl"), command)
-    (args.out / "members_mixtures.md").write_text(text, encoding="utf-8")
+    (args.out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -288,12 +288,17 @@ class Reference:
 
 
 class Problem:
-    """A data distribution in a process, under a guidance, on a schedule: states, exact results, exact laws."""
+    """A data distribution in a process, under a guidance, on a schedule: states, exact results, exact laws.
 
-    def __init__(self, name: str, guidance: Optional[float], process: str, schedule_name: str, settings: Settings):
+    Args:
+        mixture: the denoiser and what its data comes from; None: those of that name.
+    """
+
+    def __init__(self, name: str, guidance: Optional[float], process: str, schedule_name: str, settings: Settings,
+                 mixture: Optional[Tuple[Mixture, Mixture]] = None):
         self.name, self.guidance, self.process, self.schedule_name = name, guidance, process, schedule_name
         self.settings = settings
-        self.model, self.source = _mixture(name, process, guidance, settings.digits_stride)
+        self.model, self.source = mixture or _mixture(name, process, guidance, settings.digits_stride)
         generator = torch.Generator().manual_seed(settings.seed + 11)
         self.directions = torch.randn(settings.projections, self.model.dim, generator=generator, dtype=torch.float64)
         self.directions /= self.directions.norm(dim=1, keepdim=True)

@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -42,6 +42,14 @@ def drawn(seed: int) -> Dict[str, object]:
     return {"means": means, "std": std, "guidance": guidance, "label": label}
 
 
+def mixture(seed: int, process: str) -> Tuple[Mixture, Mixture]:
+    """The denoiser of the mixture `seed`, and the mixture that its data comes from."""
+    parts = drawn(seed)
+    model = Mixture(process=process, **parts)
+    label = slice(None) if model.label is None else model.label
+    return model, Mixture(model.means[label], model.std[label], process=process)
+
+
 def chosen(seed: int, guided: Optional[int]) -> bool:
     """Whether a mixture is taken: with a dimension `guided` only those of it that have guidance."""
     if guided is None:
@@ -52,11 +60,9 @@ def chosen(seed: int, guided: Optional[int]) -> bool:
 
 def measure(seed: int) -> List[dict]:
     """All cells of the mixture `seed`."""
-    parts, rows = drawn(seed), []
+    rows = []
     for process, schedules in SCHEDULES.items():
-        model = Mixture(process=process, **parts)
-        label = slice(None) if model.label is None else model.label
-        source = Mixture(model.means[label], model.std[label], process=process)
+        model, source = mixture(seed, process)
         for name in schedules:
             start = source.start(POINTS, quality.schedule(name, 2, 2)[0].item(), torch.Generator().manual_seed(seed))
             exact: Dict[int, torch.Tensor] = {}

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import members_mixtures, quality
+from benchmarks import members_mixtures, quality, random_mixtures
 from benchmarks.members import MEMBERS
 from benchmarks.members_mixtures import GUIDANCE, SETTINGS, STEPS, cells, main, table
 
@@ -93,3 +93,30 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "members_mixtures.md").read_text()
     assert text in capsys.readouterr().out
     assert "--steps 5 6 --guidance 1\n" in text and "| all | 16 |" in text and torch.__version__ in text
+
+
+def test_random_mixtures_meet_their_own_law(tmp_path, capsys, monkeypatch):
+    plan = members_mixtures.random_cells(2, 3, (5,), SMALL)
+    assert len(plan) == len({cell.name for cell in plan}) == 2 * 3 * len(MEMBERS)
+    drawn = [random_mixtures.drawn(seed) for seed in (3, 4)]
+    assert [one["guidance"] for one in drawn] == [None, 7.5]        # of which one is guided
+    for cell in plan:
+        model, parts = cell.problem.model, drawn[cell.problem.name.startswith("mixture 4 ")]
+        torch.testing.assert_close(model.means, parts["means"])
+        assert cell.problem.guidance == parts["guidance"] and model.process == cell.problem.process
+    law = plan[0].problem.law(plan[0].presets()[0])         # without guidance the data's
+    mean = drawn[0]["means"].mean(0)
+    assert (law.mean - mean).norm() < 0.25 * drawn[0]["means"].std(0).norm()
+    monkeypatch.setattr(members_mixtures, "MEMBERS", MEMBERS[:1])
+    monkeypatch.setattr(members_mixtures, "SETTINGS", SMALL)
+    main(["--random", "1", "--seed", "3", "--steps", "5", "--out", str(tmp_path)])
+    text = (tmp_path / "members_mixtures_random_3.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "    python -m benchmarks.members_mixtures --random 1 --seed 3 --steps 5\n" in text and "| all | 3 |" in text
+
+
+@pytest.mark.parametrize("options", (["--seed", "2"], ["--random", "-1"], ["--random", "1", "--guidance", "4"]))
+def test_options_that_do_not_go_together(options, capsys):
+    with pytest.raises(SystemExit):
+        main(options)
+    assert f"{options[0]}: " in capsys.readouterr().err
