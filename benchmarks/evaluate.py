@@ -23,8 +23,8 @@ Comparisons of two samplers resample the same seeds in both.
 Every picture is made from its seed alone: its class, its start and the path of its noise (`ersde.noise`).  Seeds go in
 blocks of --block, each a batch of its own, because a matrix product may round otherwise in another batch: so 1, 2 or 4
 processes make the same set, bit for bit on equal machines.  Each process appends its finished blocks to a file of its own in
-DIR; a run takes up where the last one stopped, with any number of processes.  At the end as many measure on the first one's
-machine.  DIR gets evaluate.json, evaluate.md and plots.
+DIR; a run takes up where the last one stopped, with any number of processes.  At the end the first one measures, in as many
+threads.  DIR gets evaluate.json, evaluate.md and plots.
 """
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ import functools
 import hashlib
 import inspect
 import json
-import multiprocessing
 import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -456,12 +455,6 @@ def _features_and_labels(blocks: Sequence[Tuple[Sequence[int], dict]]) -> Tuple[
             torch.tensor([seed % len(CLASSES) for some, _ in blocks for seed in some]))
 
 
-def _measure_alone(work: Tuple[np.ndarray, Tensor]) -> dict:
-    """`measure` in a process of its own."""
-    torch.set_num_threads(1)
-    return measure(*work, _reference())
-
-
 def paired(one: dict, other: dict, what: str, how) -> dict:
     """how(one's distance, other's), such as their ratio, and its 95 % interval over the seeds, the same ones in both.
 
@@ -558,16 +551,16 @@ class Results:
         with quality.appending(self.path) as file:
             file.write(json.dumps(self.done[key]) + "\n")
 
-    def measure_all(self, processes: int) -> None:
-        """Measures what `of` will be asked for, on several processes of this machine; two cells compare at the smaller N of
-        theirs."""
+    def measure_all(self, threads: int) -> None:
+        """Measures what `of` will be asked for, in several threads; two cells compare at the smaller N of theirs."""
         counts = {self.count(cell) for cell in self.blocks}
         wanted = dict(self._used(cell, count) for cell in self.blocks if not self.diverged(cell)
                       for count in counts if count <= self.count(cell))
         wanted = {key: _features_and_labels(used) for key, used in wanted.items() if key not in self.done}
-        if processes > 1 and len(wanted) > 1:
-            with ProcessPoolExecutor(min(processes, len(wanted)), multiprocessing.get_context("spawn")) as pool:
-                found = pool.map(_measure_alone, wanted.values())
+        if threads > 1:
+            _judge()            # once, before several ask for it
+            with ThreadPoolExecutor(threads) as pool:
+                found = pool.map(lambda work: measure(*work, self.reference), wanted.values())
                 for key, one in zip(wanted, tqdm(found, desc="measuring", unit="cell", total=len(wanted))):
                     self._keep(key, one)
 

@@ -185,7 +185,7 @@ def test_a_run_takes_up_where_it_stopped(tmp_path):
     assert evaluate.sample(items, tmp_path, quiet=True) == (again, 0)
 
 
-def test_several_processes_measure_the_same(tmp_path):
+def test_several_threads_measure_the_same(tmp_path):
     """At every N that a comparison can be made at, and nothing twice."""
     one, two = evaluate.plan(["ve"], [1.0], [3], "^ours (sde_5|ode)$")
     seeds = evaluate.blocks(20, 10)
