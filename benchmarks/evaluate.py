@@ -553,16 +553,17 @@ class Results:
 
     def measure_all(self, threads: int) -> None:
         """Measures what `of` will be asked for, in several threads; two cells compare at the smaller N of theirs."""
+        if threads < 2:
+            return              # `of` does it
         counts = {self.count(cell) for cell in self.blocks}
         wanted = dict(self._used(cell, count) for cell in self.blocks if not self.diverged(cell)
                       for count in counts if count <= self.count(cell))
         wanted = {key: _features_and_labels(used) for key, used in wanted.items() if key not in self.done}
-        if threads > 1:
-            _judge()            # once, before several ask for it
-            with ThreadPoolExecutor(threads) as pool:
-                found = pool.map(lambda work: measure(*work, self.reference), wanted.values())
-                for key, one in zip(wanted, tqdm(found, desc="measuring", unit="cell", total=len(wanted))):
-                    self._keep(key, one)
+        _judge()                # once, before several ask for it
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda work: measure(*work, self.reference), wanted.values())
+            for key, one in zip(wanted, tqdm(found, desc="measuring", unit="cell", total=len(wanted))):
+                self._keep(key, one)
 
     def compare(self, one: Cell, other: Cell) -> dict:
         """The distances of two cells at the N that both have, ours over theirs, paired by seed.
