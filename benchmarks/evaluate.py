@@ -350,9 +350,7 @@ def load_reference(path: Path = REFERENCE) -> Reference:
         if about.get("format") != FORMAT or about.get("classifier") != _file_digest(classifier.WEIGHTS):
             raise ValueError(f"{path} is not of this classifier: python -m benchmarks.evaluate --reference makes it again")
         state = {name: file.get_tensor(name).double() for name in file.keys()}
-    values, vectors = torch.linalg.eigh(state["covariance"])
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return Reference(state["mean"], root, state["draws"], state["real"], _file_digest(path))
+    return Reference(state["mean"], quality.root_of(state["covariance"]), state["draws"], state["real"], _file_digest(path))
 
 
 _reference = functools.lru_cache(None)(load_reference)

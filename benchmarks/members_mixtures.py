@@ -165,26 +165,22 @@ def main(argv=None) -> None:
     parser.add_argument("--guidance", type=float, nargs="+", choices=GUIDANCE, metavar="W",
                         help="guidance scales; 1 is none (default: all)")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="on so many random mixtures")
-    parser.add_argument("--seed", type=int, metavar="S", help="the first of these (default 1)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="the first of these")
     parser.add_argument("--count", type=int, default=SETTINGS.count, help="starting points of a cell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     args = parser.parse_args(argv)
     if args.random < 0 or (args.random and args.guidance):
         parser.error("--random: a count of mixtures, which have a guidance of their own; not with --guidance")
-    if args.seed is not None and not args.random:
+    if args.seed != 1 and not args.random:
         parser.error("--seed: of the mixtures of --random")
     torch.set_num_threads(1)
-    settings, seed = dataclasses.replace(SETTINGS, count=args.count), 1 if args.seed is None else args.seed
-    command, name = "python -m benchmarks.members_mixtures", "members_mixtures"
+    settings, name = dataclasses.replace(SETTINGS, count=args.count), "members_mixtures"
     if args.random:
-        plan = random_cells(args.random, seed, args.steps, settings)
-        command += f" --random {args.random}" + (f" --seed {seed}" if seed != 1 else "")
-        name += "_random" + (f"_{seed}" if seed != 1 else "")
+        plan = random_cells(args.random, args.seed, args.steps, settings)
+        name += "_random" + (f"_{args.seed}" if args.seed != 1 else "")
     else:
         plan = cells(args.steps, args.guidance or GUIDANCE, settings)
-    for option, usual in (("steps", STEPS), ("guidance", GUIDANCE), ("count", (SETTINGS.count,))):
-        values = tuple(np.atleast_1d(getattr(args, option) or usual))
-        command += f" --{option} {' '.join(f'{v:g}' for v in values)}" if values != usual else ""
+    command = quality.command_of("members_mixtures", parser, args, "random", "seed", "steps", "guidance", "count")
     text = table(run(plan, args.out / "members_mixtures.jsonl"), command)
     (args.out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)

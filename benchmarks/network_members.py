@@ -46,8 +46,7 @@ class Law:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "Law":
-        values, vectors = torch.linalg.eigh(features.T.cov())
-        return cls(features.mean(0), (vectors * values.clamp(min=0).sqrt()) @ vectors.T)
+        return cls(features.mean(0), quality.root_of(features.T.cov()))
 
 
 def methods(member: str) -> Dict[str, quality.Method]:
@@ -137,12 +136,7 @@ def main(argv=None) -> None:
         dist.destroy_process_group()
     if not first:
         return
-    command = "python -m benchmarks.network_members"
-    for name in ("calls", "guidance", "process", "member", "count"):
-        value, usual = getattr(args, name), parser.get_default(name)
-        values = value if isinstance(value, list) else [value]
-        if value != usual:
-            command += f" --{name} " + " ".join(f"{v:g}" if isinstance(v, (int, float)) else v for v in values)
+    command = quality.command_of("network_members", parser, args, "calls", "guidance", "process", "member", "count")
     text = table(compared(plan, blocks, held), args.count, command)
     (args.out / "network_members.md").write_text(text, encoding="utf-8")
     print(text)

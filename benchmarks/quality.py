@@ -273,6 +273,12 @@ def _mixture(name: str, process: str, guidance: Optional[float], stride: int) ->
     return model, Mixture(model.means[model.label], model.std[model.label], None, process)
 
 
+def root_of(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a covariance, shape (dim, dim), as `frechet` takes it."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
 @dataclasses.dataclass
 class Reference:
     """Exact samples of a law, what the metrics need of them, and the same metrics of exact samples (the floor)."""
@@ -352,9 +358,7 @@ class Problem:
         return self._laws[name]
 
     def _reference(self, samples: Tensor, floors: List[Tensor]) -> Reference:
-        mean, covariance = samples.mean(0), samples.T.cov()
-        values, vectors = torch.linalg.eigh(covariance)
-        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        mean, root = samples.mean(0), root_of(samples.T.cov())
         # At the middles of count equal parts; Hazen's rule gives equally many samples back as they are.
         middles = (np.arange(self.settings.count) + 0.5) / self.settings.count
         quantiles = torch.from_numpy(
@@ -457,7 +461,7 @@ def cell_name(problem: Problem, calls: int, method: Method) -> str:
 
 @functools.lru_cache(None)
 def _measuring_source() -> str:
-    parts = (problems, measure, frechet, sliced_wasserstein, nearest, interval, schedule, Problem, PathNoise,
+    parts = (problems, measure, frechet, sliced_wasserstein, nearest, interval, schedule, Problem, root_of, PathNoise,
              _k_diffusion, _azula)
     return _digest(*(_code(inspect.getsource(part)) for part in parts))
 
@@ -493,6 +497,17 @@ def load(path: Path, key: str = "fingerprint") -> Dict[str, dict]:
                 continue
             found[row[key]] = row
     return found
+
+
+def command_of(name: str, parser: argparse.ArgumentParser, args: argparse.Namespace, *options: str) -> str:
+    """The command line that a result comes from: of these options those that are not as usual."""
+    said = f"python -m benchmarks.{name}"
+    for option in options:
+        value = getattr(args, option)
+        if value != parser.get_default(option):
+            values = value if isinstance(value, list) else [value]
+            said += f" --{option} " + " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
+    return said
 
 
 def appending(path: Path) -> IO[str]:
