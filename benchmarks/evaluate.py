@@ -162,7 +162,7 @@ class Cell:
     def pictures(self, seeds: Sequence[int], device: str = "cpu") -> Tensor:
         """The pictures of these seeds, a range, as one batch, shape (seeds, 3, SIZE, SIZE), float64."""
         labels = torch.tensor([seed % len(CLASSES) for seed in seeds])
-        model = Network(self.process, self.guidance, labels, device)
+        model = Network(self.process, self.guidance, labels, device, apart=True)
         sigmas = trained.schedule(self.process, self.method.steps(self.calls), self.calls)
         x = (of_nodes(seeds, NODES, PIXELS)[0].double() * sigmas[0]).to(device)
         noise = SeedNoise(x, seeds, self.clock, self.nodes()) if self.method.noisy else None

@@ -14,7 +14,7 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import numpy as np
 import torch
@@ -37,17 +37,26 @@ def _loaded(process: str, device: str):
 
 
 class Network:
-    """The guided network on rows: model(x of shape (count, pixels), sigma) -> D."""
+    """The guided network on rows: model(x of shape (count, pixels), sigma) -> D.
 
-    def __init__(self, process: str, guidance: float, labels: torch.Tensor, device: str = "cpu"):
+    Args:
+        apart: whether our presets are told what guidance adds to the conditional D, as the hosts tell them.
+    """
+
+    def __init__(self, process: str, guidance: float, labels: torch.Tensor, device: str = "cpu", apart: bool = False):
         self.process, self.calls = process, 0
         self.network = guided(_loaded(process, device), labels, guidance)
+        self.excess = self._excess if apart else None
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
         self.calls += 1
         out = self.network(x.float().reshape(-1, 3, SIZE, SIZE), sigma.float().expand(len(x)))
         return out.reshape(x.shape).to(x)
+
+    def _excess(self) -> Optional[torch.Tensor]:
+        found = self.network.excess()
+        return None if found is None else found.flatten(1).double()
 
 
 def ratio(errors: np.ndarray, base: np.ndarray, resamples: int = 1000) -> List[float]:

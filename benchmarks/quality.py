@@ -159,7 +159,8 @@ def _own_source() -> str:
 
 def _run_preset(preset):
     return lambda model, x, sigmas, noise, window: ersde.sample_preset(
-        model, x, sigmas, preset, disable=True, noise_sampler=noise, process=model.process, window=window(preset))
+        model, x, sigmas, preset, disable=True, noise_sampler=noise, process=model.process, window=window(preset),
+        excess=getattr(model, "excess", None))
 
 
 def _family(preset, name, family) -> Method:

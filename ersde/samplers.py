@@ -67,7 +67,7 @@ def sample_er_sde(model, x, sigmas, extra_args=None, callback=None, disable=None
 def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None, callback=None, disable=None, *,
                   noise_sampler=None, process=None, window: Optional[Tuple[float, float]] = None, noise_scale=None,
                   guidance: Optional[Callable[[], Tensor]] = None, fresh: Optional[Callable[[], bool]] = None,
-                  history: Optional[History] = None):
+                  history: Optional[History] = None, excess: Optional[Callable[[], Optional[Tensor]]] = None):
     """Sample with a preset's settings; `sample_er_sde` says what the arguments are.
 
     With `guidance` this is CFG++ (Chung et al., arXiv 2406.08070): the noise direction comes from the unconditional
@@ -87,6 +87,10 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
         fresh: asked after each model call: whether it was the first one of another model (a refiner, say).  The run goes
             on from there with the same noise, and without the evaluations made before.
         history: what the run before this one left, so that the two are as one, and where this one leaves the same.
+        excess: with classifier-free guidance, () -> A = D - D_c of the newest model call, of x's shape, D_c being its
+            prediction for the condition alone; None where that call was not guided.  With it the long steps of "exact" know
+            that guidance falls away as sigma does (`ersde.weights`), at no model call.  Not asked for with `guidance`,
+            which makes another use of the two predictions.
     """
     preset = get_preset(preset)
     if window is None:
@@ -94,11 +98,11 @@ def sample_preset(model, x, sigmas, preset: Union[str, Preset], extra_args=None,
             lambda values: hosts.window_sigmas(model, values, preset.start, preset.end)
     return _sample(model, x, sigmas, extra_args, callback, disable, preset.eta, preset.s_noise, noise_sampler,
                    preset.noise_scale if noise_scale is None else noise_scale, preset.order, preset.corrector,
-                   preset.method, process, window, guidance, fresh, history)
+                   preset.method, process, window, guidance, fresh, history, excess)
 
 
 def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, noise_scale, order, corrector,
-            method, process, window, guidance=None, fresh=None, history=None):
+            method, process, window, guidance=None, fresh=None, history=None, excess=None):
     eta, s_noise = check_eta(eta), check_real("s_noise", s_noise)
     scale = get_noise_scale(noise_scale)
     check_choice("method", method, METHODS)
@@ -106,6 +110,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     check_bool("corrector", corrector)
     check_callable("model", model)
     check_callable("callback", callback, optional=True)
+    check_callable("excess", excess, optional=True)
     if not isinstance(noise_sampler, str):
         check_callable("noise_sampler", noise_sampler, optional=True)
     if history is not None and not isinstance(history, History):
@@ -136,7 +141,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
     shift = None
     if guidance is not None:
         alpha = process.alpha(values).tolist()
-        shift = lambda i: guidance() * alpha[i]
+        shift, excess = lambda i: guidance() * alpha[i], None
 
     def make(values, etas, history=()):
         rounding = torch.finfo(x.dtype).eps
@@ -159,11 +164,11 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         if least <= 0.5 * holds.tiny * holds.eps:
             raise ValueError(f"x of dtype {x.dtype} takes sigma {least:g} for 0: use float32, or end the schedule earlier")
         return run(plan, model, x, sigmas, noise, extra_args, callback, disable, shift=shift, replan=replan,
-                   memory=memory)
+                   memory=memory, excess=excess)
 
     if history is None:
         return go(make(values, etas), x)
-    rule = (process.name, noise_scale, order, corrector, method, guidance is None)
+    rule = (process.name, noise_scale, order, corrector, method, guidance is None, excess is None)
     return history.run(x, values, etas, rule, make, go)
 
 

@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 class Memory:
     """What a run knows before a step: the state as it is computed, the newest evaluation, the changes R_0, R_1, ..., and of
     the step before the state without its bend; where it was a long one, `_score` of its start and the factor that makes it
-    e, its bend's weights on R_0, ..., and 1 / v of each picture.
+    e, its bend's weights on R_0, ..., and 1 / v of each picture, and what guidance's excess was and its weight in the bend.
     """
 
     x: Optional[Tensor] = None
@@ -35,6 +35,8 @@ class Memory:
     bent: Sequence[Number] = ()
     inverse: Optional[Number] = None
     factor: float = 1.0
+    excess: Optional[Tensor] = None
+    by_excess: float = 0.0
 
 
 def _steps(count: int, disable: Optional[bool]):
@@ -51,7 +53,7 @@ def _steps(count: int, disable: Optional[bool]):
 def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[[int], Tensor], extra_args: dict,
         callback: Optional[Callable], disable: Optional[bool], history: Sequence[Tensor] = (),
         shift: Optional[Callable[[int], Tensor]] = None, replan: Optional[Callable[[int], Optional[Plan]]] = None,
-        memory: Optional[Memory] = None) -> Tensor:
+        memory: Optional[Memory] = None, excess: Optional[Callable[[], Optional[Tensor]]] = None) -> Tensor:
     """Execute `plan` on `model` from the state `x`.
 
     A state of half precision is kept in float32 between the model calls: rounded at every step, as often as there are
@@ -67,6 +69,8 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         replan: asked after each model call with the step's number; a plan for the steps from there on makes the run go on
             with it and without the evaluations before, None keeps what there is.
         memory: in place of `history`, what the run before this one left; what this one leaves, once it has ended well.
+        excess: () -> A, what guidance adds to the conditional evaluation of the newest model call, or None where it adds
+            nothing; asked for in long steps.
 
     Raises:
         TypeError, ValueError: the model or the noise did not return a floating point tensor like x; names the step.
@@ -84,6 +88,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     base, score = (value if value is None else value.clone() for value in (known.base, known.score))
     m = measure.kind(x)
     bent, inverse, factor = [m.take(one, x) for one in known.bent], m.take(known.inverse, x), known.factor
+    lean, by_lean = known.excess, known.by_excess
     size: Optional[Number] = None       # |R_0| of the step before, where that measured it
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Number] = []
@@ -98,7 +103,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
         new = None if replan is None else replan(i)
         if new is not None:
-            now, first, newest, inverse, size = new, i, None, None, None
+            now, first, newest, inverse, size, lean = new, i, None, None, None, None
             changes.clear()
             by_step = numbers(now, x.ndim, x.dtype, x.device, m.floats)
         kept = now.history if memory is None else MAX_ORDER + 1
@@ -112,10 +117,10 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             if step.amend is not None:
                 before, score, turn, factor = [score], None, factor / step.amend.factor, step.amend.factor
                 x, denoised, score, inverse, law = _amended(m, step.amend, by, x, seen, denoised, changes, before, turn,
-                                                            bent, inverse)
+                                                            bent, inverse, lean, by_lean)
             elif step.score is not None:
                 score, factor = _score(like(seen, x), denoised, step.score[0]), step.score[1]
-            newest, bent, score = denoised, (), score if step.score is not None else None
+            newest, bent, lean, score = denoised, (), None, score if step.score is not None else None
             del seen                # or the old state would outlive the new one
             if step.reach is not None:
                 reach, far, size = _reach(m, step, by, denoised, changes, law, size)
@@ -147,6 +152,12 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             x.add_(z, alpha=step.noise)
             del z
         base = None
+        if excess is not None and step.excess != 0.0:
+            lean, by_lean = excess(), step.excess
+            if lean is not None:
+                if not _alike(lean, x):
+                    check_tensor_like(f"what excess returns (step {i})", lean, x)
+                x.add_(lean, alpha=by_lean)
         if reach is not None:
             bent = [reach]
             m.add_(x, changes[0], reach)
@@ -159,11 +170,12 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             x = _bent(m, x, changes, step.bend, trust)
     out = x if narrow is None else x.to(narrow)
     if memory is None:
-        changes, base, score = [], None, None
+        changes, base, score, lean = [], None, None, None
     _check_finite(out, sums, plan, start)
     if memory is not None:
         memory.x, memory.newest, memory.changes, memory.base = x, newest, changes, base
         memory.score, memory.bent, memory.inverse, memory.factor = score, bent, inverse, factor
+        memory.excess, memory.by_excess = lean, by_lean
     return out
 
 
@@ -179,7 +191,8 @@ def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
 
 
 def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
-             past: List[Optional[Tensor]], turn: float, bent: Sequence[Number], known: Optional[Number]
+             past: List[Optional[Tensor]], turn: float, bent: Sequence[Number], known: Optional[Number],
+             lean: Optional[Tensor] = None, by_lean: float = 0.0
              ) -> Tuple[Tensor, Tensor, Tensor, Number, Tuple[Number, Number]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
     corrected evaluation.
@@ -191,6 +204,7 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
         turn: its 1 / (alpha lambda^2) over that of now.
         bent: the weights of its bend on R_1, R_2, ... of now.
         known: 1 / v of the step before, where there is one.
+        lean, by_lean: guidance's excess in its bend, and the weight of that.
 
     Returns:
         x, D, `_score` of both, 1 / v of each picture, 0 where there is none, and for `_reach` the step's bend by v and
@@ -212,6 +226,8 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
     found = m.mul(change, weight)
     for part, other in zip(bent, changes[1:]):
         m.add_(found, other, part, -1.0)
+    if lean is not None:
+        found.add_(lean, alpha=-by_lean)
     m.add_(score, found, by.one - slope)
     if amend.limit is not None and amend.measure:
         count = math.prod(score.shape[1:])

@@ -104,6 +104,17 @@ the moment at which a picture decides for one of two things) there is no v.
 
 From lambda = infinity (sigma = 1 of a flow model) D is the mean of the data, and all of it holds with e_1 = 0.
 
+**Guidance** has no such law: D = D_c + A, and the excess A = D - D_c = (w - 1) (D_c - D_u) is an estimate of nothing.  But
+its two parts are, of one picture, and come together as lambda falls: A goes to 0, and a step that holds D constant goes by
+an excess that will not be there.  For Gaussian data of variance v, with means that the condition moves, A is in proportion
+to lambda^2 / (v + lambda^2), whatever y does.  Where the host tells D_c, a long step adds c_A A,
+
+    c_A = int_{lambda_t}^{lambda_s} f' (phi_t / phi - 1) dlambda,    f = (1 + v / lambda_s^2) / (1 + v / lambda^2),
+
+which is negative, with v = lambda_s lambda_t / 2.  Pictures have variances of all sizes, and what a step decides is what has
+about the step's own; the half is from the trained network of the demo, whose steps ask for 0.3 to 1.3 of lambda_s lambda_t.
+Not in the first step of a run, at whose lambda nothing may be decided yet.
+
 **The last correction** of a short step.  The step to sigma = 0 returns D, and no evaluation follows to use the correction E
 of the state that D was made at.  To first order D changes by J E.  For Gaussian data dD / dlog lambda = -J (y - D), so that
 J along the last change is about |w|^2 / <w, D - y> for w = dD / dlog lambda there, which is taken from the chord in lambda,
@@ -191,11 +202,11 @@ class StepIntegrals:
         # Shape (panels of all steps, 20): log lambda, the quadrature weight in log lambda, lambda.
         self._u = (log_t[step] + nth * width)[:, None] + 0.5 * width[:, None] * (_GAUSS_X + 1.0)
         self._du = 0.5 * width[:, None] * _GAUSS_W
-        self._lam = np.exp(self._u)
+        self.lam = np.exp(self._u)
         self._step = step
         self.log_g_s = self._log_g(lam_s)
         self.log_g_t = self._log_g(lam_t)
-        log_g = self._log_g(self._lam)
+        log_g = self._log_g(self.lam)
         if scale.from_user:
             self._check_rising(log_g)
         # log of phi_t / phi_s and of phi_t / phi(lambda); at lambda_s = infinity the ratio is 0.
@@ -211,7 +222,7 @@ class StepIntegrals:
         return self.scale.log_g_array(lam)
 
     def _check_rising(self, log_g: np.ndarray) -> None:
-        lam = np.concatenate((self._lam.ravel(), self.lam_s, self.lam_t))
+        lam = np.concatenate((self.lam.ravel(), self.lam_s, self.lam_t))
         value = np.concatenate((log_g.ravel(), self.log_g_s, self.log_g_t))
         at = np.argsort(lam)
         lam, value = lam[at], value[at]
@@ -233,8 +244,8 @@ class StepIntegrals:
 
     def newton(self, nodes: np.ndarray, variable: Variable) -> np.ndarray:
         """c_1 .. c_K of every step, shape (K, steps), for nodes of shape (K, steps) in tau; unused ones may be nan."""
-        tau = variable.tau(self._lam)
-        weight = variable.slope(self._lam)
+        tau = variable.tau(self.lam)
+        weight = variable.slope(self.lam)
         out = np.zeros(nodes.shape)
         value, slope = np.ones_like(tau), np.zeros_like(tau)
         for k, node in enumerate(nodes):
@@ -408,6 +419,7 @@ class Step:
         score: alpha and 1 / (alpha lambda^2) of the state, where the next step needs its e = (y - D) / lambda^2; else None.
         long: whether the step goes by the variance of the data.
         reach: the weight on R_0 of the bend of a long step after a long step; `bend` is then its line alone.
+        excess: the weight on A, what guidance adds to the conditional evaluation, of a long step's bend.
     """
 
     x_scale: float
@@ -425,6 +437,7 @@ class Step:
     score: Optional[Tuple[float, float]] = None
     long: bool = False
     reach: Optional[Curve] = None
+    excess: float = 0.0
 
     @property
     def evaluations(self) -> Tuple[Tuple[int, float], ...]:
@@ -464,6 +477,8 @@ _LONGEST = 30.0
 _FINEST = 0.02
 # A larger s_noise is noise alone, and its square may be too large for a float.
 _LOUD = 1e6
+# The v of guidance's excess over lambda_s lambda_t, see the module's text.
+_EXCESS = 0.5
 # Times the root of the rounding: the lambda where y - D, of size lambda^2, is lost in it.
 _LOST = 3.0
 # A step may not amplify errors of the evaluations without bound: the sum of |weights|, over the sum of the weights, is
@@ -538,10 +553,11 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
             steps.append(Step(0.0, 1.0, (), 0.0, last=True, settle=settle, amend=amend))
             orders.append(1)
             break
-        score, long, reach = None, False, None
+        score, long, reach, excess = None, False, None, 0.0
         if i in row:
             r = row[i]
             long, line, reach = rule.reach(r, alpha[i + 1], amend is not None)
+            excess = rule.excess(r, alpha[i + 1])
             if rule.amend(r, 1.0) is not None and lam[i] < math.inf:
                 score = alpha[i], 1.0 / (alpha[i] * float(lam[i]) ** 2)
             x_scale = t / s * math.exp(log_rho[r])
@@ -558,7 +574,7 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
                 weights[e] = weights.get(e, 0.0) + x_scale * alpha[i] * w
         denoised, changes = _changes(weights, now)
         steps.append(Step(x_scale, denoised, changes, noise, bends, *past, correction is not None and correction.from_base,
-                          amend=amend, score=score, long=long, reach=reach))
+                          amend=amend, score=score, long=long, reach=reach, excess=excess))
         orders.append(max(used, 2) if reach else used)
         # The evaluation that corrects a step is the next step's.
         correction = rule.correct(row[i]) if i in row and i + 1 < n else None
@@ -724,6 +740,10 @@ class _Exact:
         measured = amended and self.order > 1 and (used > 1 or len(nodes) == 1)
         return True, line, self.law.reach(r, alpha) if measured else None
 
+    def excess(self, r: int, alpha: float) -> float:
+        """The weight on A of step r, at whose end alpha is that; 0 in short steps, a run's first step, and with order 1."""
+        return alpha * float(self.law.excess[r]) if self.long(r) and self.order > 1 and self.now[r] > 0 else 0.0
+
     def correct(self, r: int) -> Optional[Correction]:
         """Of the polynomial through the newest nodes of the predictor and the new one."""
         flat, bend, _, used = self.predict(r)
@@ -781,6 +801,10 @@ class _Law:
             matched = np.where(far, lam_t ** 2, lam_s * lam_t)
             # Without a measurement; most of the way from infinity D does not change.
             self.usual = np.where(far, 0.25, 1.0) * matched
+        # A of guidance, for the v that it is taken to have; a first step, from infinity, has no use for it.
+        s, t, lam = (integrals.spread(np.where(far, 0.0, lam_s)), integrals.spread(lam_t), integrals.lam)
+        v, tiny = _EXCESS * s * t, np.finfo(np.float64).tiny
+        self.excess = integrals.integrate(2.0 * (v + s * s) / np.maximum(s * s, tiny) * v * lam ** 2 / (v + lam ** 2) ** 2)
         self.integrals, self.measure, self.rho2 = integrals, lam_t >= lost, rho2
         self.row = {e: r for r, e in enumerate(now)}
         self.now = now
@@ -908,6 +932,10 @@ class _Published:
     def reach(self, r: int, alpha: float, amended: bool) -> Tuple[bool, float, Optional[Curve]]:
         """Nor this."""
         return False, 0.0, None
+
+    def excess(self, r: int, alpha: float) -> float:
+        """Nor this."""
+        return 0.0
 
 
 def _distinct(tau: Sequence[float], now: int, nxt: int, order: int) -> List[int]:

@@ -227,6 +227,7 @@ class Guided:
     def __init__(self, model: Denoiser, labels: Tensor, cfg: float):
         self.model, self.labels, self.cfg = model, labels, cfg
         self.process = model.process
+        self._excess: Optional[Tensor] = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor, **_) -> Tensor:
@@ -239,7 +240,16 @@ class Guided:
             return self.model(x, sigma, null)
         both = self.model(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([labels, null]))
         with_label, without = both.chunk(2)
-        return without + self.cfg * (with_label - without)
+        apart = with_label - without
+        self._excess = (self.cfg - 1.0) * apart
+        return without + self.cfg * apart
+
+    def excess(self) -> Optional[Tensor]:
+        """What guidance added to D_label at the newest call, (cfg - 1) (D_label - D_null); None where it adds nothing.
+
+        `ersde.sample_preset`'s argument of that name.
+        """
+        return self._excess
 
 
 def guided(model: Denoiser, labels: Union[int, str, Sequence, Tensor], cfg: float = 1.0) -> Guided:

@@ -98,7 +98,7 @@ def sample(model: Denoiser, sampler: Union[str, ersde.Preset], steps: int, seeds
         noise = {"noise_sampler": make_noise("cpu", x, seeds)} if sampler in NOISY_PEERS else {}
         return getattr(found, PEERS[sampler])(call, x, sigmas.float(), disable=True, callback=callback, **noise)
     return ersde.sample_preset(call, x, sigmas, sampler, {"seed": seeds}, callback, True, process=process,
-                               window=window(process, sampler))
+                               window=window(process, sampler), excess=call.excess)
 
 
 def window(process: str, preset: Union[str, ersde.Preset]):
