@@ -57,7 +57,7 @@ class History:
             copy._past = dataclasses.replace(past, memory=Memory(
                 move(known.x), move(known.newest), [move(change) for change in known.changes], move(known.base),
                 move(known.score), [move(weight) for weight in known.bent], move(known.inverse), known.factor,
-                move(known.excess), known.by_excess))
+                move(known.excess), move(known.by_excess)))
         return copy
 
     def _before(self, x: Tensor, sigmas: np.ndarray, process: str):
@@ -82,7 +82,7 @@ class History:
             like = lambda one: one.to(wide) if isinstance(one, torch.Tensor) else one       # None, or floats
             memory = Memory(like(known.x), known.newest.to(x.device), [change.to(x.device) for change in known.changes],
                             like(known.base), like(known.score), [like(weight) for weight in known.bent],
-                            like(known.inverse), known.factor, like(known.excess), known.by_excess)
+                            like(known.inverse), known.factor, like(known.excess), like(known.by_excess))
             done = len(past.etas)
             whole = np.concatenate((past.sigmas[:-1], sigmas)), np.concatenate((past.etas, etas))
             if past.rule == rule:

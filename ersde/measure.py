@@ -234,6 +234,16 @@ def inverse_variance(m: Kind, by: Numbers, amend: Amend, along: Number, size: Nu
     return m.clamp(m.addcdiv(by.zero, along, m.clamp(size * size, min=TINY), value=amend.factor), 0.0, _SURE)
 
 
+def unexplained(m: Kind, by: Numbers, along: Number, moved: Number, size: Number) -> Number:
+    """1 - cos^2 of R_0 and e_0 - e_1, the share of |R_0|^2 that no v explains; 1 where their product is not positive.
+
+    Args:
+        along, moved, size: <R_0, e_0 - e_1>, |e_0 - e_1| and |R_0|, the first two without their factor.
+    """
+    cos = m.clamp(m.div(m.clamp(along, min=0.0), m.clamp(moved * size, min=TINY)), 0.0, 1.0)
+    return by.one - cos * cos
+
+
 def correction(m: Kind, by: Numbers, inverse: Number) -> Tuple[Number, Number, Number, Number]:
     """By 1 / v: whether there is a v, alpha k of the correction, the step's own bend, v / (v + level), the slope of D."""
     sure = inverse > by.zero

@@ -36,7 +36,7 @@ class Memory:
     inverse: Optional[Number] = None
     factor: float = 1.0
     excess: Optional[Tensor] = None
-    by_excess: float = 0.0
+    by_excess: Number = 0.0
 
 
 def _steps(count: int, disable: Optional[bool]):
@@ -88,7 +88,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     base, score = (value if value is None else value.clone() for value in (known.base, known.score))
     m = measure.kind(x)
     bent, inverse, factor = [m.take(one, x) for one in known.bent], m.take(known.inverse, x), known.factor
-    lean, by_lean = known.excess, known.by_excess
+    lean, by_lean = known.excess, m.take(known.by_excess, x)
     size: Optional[Number] = None       # |R_0| of the step before, where that measured it
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Number] = []
@@ -112,12 +112,13 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             del changes[kept - 1:]
             changes.insert(0, denoised - newest)
         newest = None
-        step, by, trust, reach = now.steps[i - first], by_step[i - first], None, None
+        step, by, trust, reach, free = now.steps[i - first], by_step[i - first], None, None, None
         with m.quiet():
             if step.amend is not None:
                 before, score, turn, factor = [score], None, factor / step.amend.factor, step.amend.factor
-                x, denoised, score, inverse, law = _amended(m, step.amend, by, x, seen, denoised, changes, before, turn,
-                                                            bent, inverse, lean, by_lean)
+                x, denoised, score, inverse, law, free = _amended(m, step.amend, by, x, seen, denoised, changes, before,
+                                                                  turn, bent, inverse, lean, by_lean,
+                                                                  excess is not None and step.excess != 0.0)
             elif step.score is not None:
                 score, factor = _score(like(seen, x), denoised, step.score[0]), step.score[1]
             newest, bent, lean, score = denoised, (), None, score if step.score is not None else None
@@ -153,11 +154,12 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             del z
         base = None
         if excess is not None and step.excess != 0.0:
-            lean, by_lean = excess(), step.excess
+            lean = excess()
             if lean is not None:
                 if not _alike(lean, x):
                     check_tensor_like(f"what excess returns (step {i})", lean, x)
-                x.add_(lean, alpha=by_lean)
+                by_lean = step.excess * (by.one if free is None else free)
+                m.add_(x, lean, by_lean)
         if reach is not None:
             bent = [reach]
             m.add_(x, changes[0], reach)
@@ -192,8 +194,8 @@ def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
 
 def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
              past: List[Optional[Tensor]], turn: float, bent: Sequence[Number], known: Optional[Number],
-             lean: Optional[Tensor] = None, by_lean: float = 0.0
-             ) -> Tuple[Tensor, Tensor, Tensor, Number, Tuple[Number, Number]]:
+             lean: Optional[Tensor] = None, by_lean: Number = 0.0, apart: bool = False
+             ) -> Tuple[Tensor, Tensor, Tensor, Number, Tuple[Number, Number], Optional[Number]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
     corrected evaluation.
 
@@ -205,29 +207,36 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
         bent: the weights of its bend on R_1, R_2, ... of now.
         known: 1 / v of the step before, where there is one.
         lean, by_lean: guidance's excess in its bend, and the weight of that.
+        apart: whether the share of R_0 that v does not explain is asked for.
 
     Returns:
-        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, and for `_reach` the step's bend by v and
-        whether there is one.
+        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, for `_reach` the step's bend by v and whether
+        there is one, and that share, or None.
     """
     change = like(changes[0], x)
     score = _score(like(seen, x), denoised, amend.alpha)
-    before, old, inverse = past.pop(), None, known
+    before, old, inverse, free = past.pop(), None, known, None
     if amend.measure or known is None:
         if before is None:
-            along = score * change
+            turned, along = score, score * change
         else:
             old = None if amend.limit is None else length(m, before)
-            along = torch.sub(score, before, alpha=turn, out=before).mul_(change)
-        inverse = measure.inverse_variance(m, by, amend, measure.total(m, along), length(m, change))
-        del along
+            turned = along = torch.sub(score, before, alpha=turn, out=before)
+        moved = length(m, turned) if apart else None
+        if before is not None:
+            along.mul_(change)
+        along, size = measure.total(m, along), length(m, change)
+        inverse = measure.inverse_variance(m, by, amend, along, size)
+        if apart:
+            free = measure.unexplained(m, by, along, moved, size)
+        del turned
     del before
     sure, weight, by_law, slope = measure.correction(m, by, inverse)
     found = m.mul(change, weight)
     for part, other in zip(bent, changes[1:]):
         m.add_(found, other, part, -1.0)
     if lean is not None:
-        found.add_(lean, alpha=-by_lean)
+        m.add_(found, lean, by_lean, -1.0)
     m.add_(score, found, by.one - slope)
     if amend.limit is not None and amend.measure:
         count = math.prod(score.shape[1:])
@@ -235,7 +244,7 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
         m.div_(found, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
     changes[0] = m.add_(change, found, slope, 1.0 / amend.alpha)
     denoised = m.add(denoised, found, slope, 1.0 / amend.alpha)
-    return found.add_(x), denoised, score, inverse, (by_law, sure)
+    return found.add_(x), denoised, score, inverse, (by_law, sure), free
 
 
 def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Number, Number],

@@ -113,7 +113,9 @@ to lambda^2 / (v + lambda^2), whatever y does.  Where the host tells D_c, a long
 
 which is negative, with v = lambda_s lambda_t / 2.  Pictures have variances of all sizes, and what a step decides is what has
 about the step's own; the half is from the trained network of the demo, whose steps ask for 0.3 to 1.3 of lambda_s lambda_t.
-Not in the first step of a run, at whose lambda nothing may be decided yet.
+It counts as far as v has not explained how D changes, with 1 - cos^2 of R and e_0 - e_1: guidance between Gaussians of one
+variance is a Gaussian, and the law above has all of it.  Not in the first step of a run, at whose lambda nothing may be
+decided yet.
 
 **The last correction** of a short step.  The step to sigma = 0 returns D, and no evaluation follows to use the correction E
 of the state that D was made at.  To first order D changes by J E.  For Gaussian data dD / dlog lambda = -J (y - D), so that

@@ -567,7 +567,7 @@ def test_numbers_not_device_tensors_name_the_steps_to_our_noise(host, monkeypatc
 # CFG++
 
 class Guided(Model):
-    """Calls the host's post-cfg functions as its cfg_function does."""
+    """Calls the host's post-cfg functions as its cfg_function does; the conditional prediction is 0.7 of the way."""
 
     def __init__(self, sampling, uncond="negative", mask=None, latent=0.0):
         super().__init__(sampling)
@@ -577,10 +577,47 @@ class Guided(Model):
         plain = super().__call__(x, sigma, **extra_args)
         guided = plain + 0.3 * torch.cos(x)
         for function in (model_options or {}).get("sampler_post_cfg_function", []):
-            guided = function({"denoised": guided, "uncond_denoised": plain, "uncond": self.uncond, "sigma": sigma})
+            guided = function({"denoised": guided, "cond_denoised": self.condition(x, plain), "cond": "positive",
+                               "uncond_denoised": plain, "uncond": self.uncond, "sigma": sigma})
         if self.mask is not None:
             guided = guided * self.mask + self.latent * (1 - self.mask)
         return guided
+
+
+    @staticmethod
+    def condition(x, plain):
+        return plain + 0.21 * torch.cos(x)
+
+
+@pytest.mark.parametrize("process", SIGMAS)
+@pytest.mark.parametrize("preset", ["few_steps", "sde_5"])
+def test_the_steps_are_told_what_guidance_adds(host, process, preset):
+    """As the library's own run with D - D_c, and without asking for predictions that the host would not make."""
+    model, last, options = Guided(SAMPLING[process]()), {}, []
+    sigmas = SIGMAS[process]
+
+    class Watched(Guided):
+        def __call__(self, x, sigma, model_options=None, **extra_args):
+            options.append(model_options)
+            return super().__call__(x, sigma, model_options, **extra_args)
+
+    def call(x, sigma, **extra_args):
+        plain = Model.__call__(model, x, sigma, **extra_args)
+        last["added"] = 0.3 * torch.cos(x) + plain - model.condition(x, plain)
+        return plain + 0.3 * torch.cos(x)
+
+    run = lambda **kw: sample_preset(call, start(process), sigmas, preset, {"seed": 7}, disable=True, process=process, **kw)
+    got = build(preset, noise="cpu").run(Watched(SAMPLING[process]()), start(process), sigmas, 7)
+    assert torch.allclose(got, run(excess=lambda: last["added"]), atol=1e-5)
+    assert not torch.allclose(got, run(), atol=1e-3)
+    assert not any((each or {}).get("disable_cfg1_optimization") for each in options)
+
+
+def test_a_guider_that_tells_nothing_samples_all_the_same(host):
+    x = start("ve")
+    got = build("few_steps").run(Model(Eps()), x, SIGMAS["ve"], 7)
+    expected = sample_preset(Model(Eps()), x, SIGMAS["ve"], "few_steps", {"seed": 7}, disable=True, process="ve")
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("process", SIGMAS)
@@ -603,9 +640,11 @@ def test_cfg_pp_is_the_formula_and_asks_the_host_for_the_unconditional_predictio
     assert torch.allclose(got, x, atol=1e-4)
 
 
-def test_cfg_pp_leaves_the_hosts_options_alone(host):
+@pytest.mark.parametrize("cfg_pp", [True, False])
+def test_the_hosts_options_are_left_alone(host, cfg_pp):
     extra_args = {"seed": 7, "model_options": {"sampler_post_cfg_function": [], "kept": 1}}
-    build("sde", cfg_pp=True).sampler_function(Guided(Eps()), start("ve"), SIGMAS["ve"], extra_args=extra_args, disable=True)
+    build("sde", cfg_pp=cfg_pp).sampler_function(Guided(Eps()), start("ve"), SIGMAS["ve"], extra_args=extra_args,
+                                                 disable=True)
     assert extra_args == {"seed": 7, "model_options": {"sampler_post_cfg_function": [], "kept": 1}}
 
 

@@ -138,8 +138,9 @@ def test_the_pictures_are_those_of_the_library(models, process):
     from ersde.demo.network import guided
 
     x, sigmas = trained.start([5], process), trained.schedule(process, 5)
-    expected = ersde.sample_er_sde_few_steps(guided(models[process], "flag", 2.0), x, sigmas, {"seed": [5]}, disable=True,
-                                             process=process)
+    model = guided(models[process], "flag", 2.0)
+    expected = ersde.sample_preset(model, x, sigmas, "few_steps", {"seed": [5]}, disable=True, process=process,
+                                   excess=model.excess)
     assert torch.equal(trained.sample(models[process], "few_steps", 5, [5], ["flag"], cfg=2.0), expected)
 
 

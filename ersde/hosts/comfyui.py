@@ -136,9 +136,11 @@ def sampler_function(find: Callable[[], Settings]):
             preset = preset.replace(s_noise=preset.s_noise * float(factor))
         if noise_sampler is None:
             noise_sampler = _noise(settings, preset.method, x, sigmas, extra_args.get("seed"))
-        guidance = _guidance(model, extra_args) if settings.cfg_pp else None
+        # CFG++ wants D - D_u, everything else what guidance adds to D_c.
+        told = {"guidance": _difference(model, extra_args, "uncond", needed=True)} if settings.cfg_pp else \
+            {"excess": _difference(model, extra_args, "cond")} if preset.method == "exact" else {}
         return sample_preset(model, x, sigmas, preset, extra_args, callback, disable, noise_sampler=noise_sampler,
-                             noise_scale=settings.scale, guidance=guidance, history=settings.history)
+                             noise_scale=settings.scale, history=settings.history, **told)
 
     return sample_ersde
 
@@ -156,29 +158,36 @@ def _noise(settings: Settings, method: str, x, sigmas, seed):
     return comfy.k_diffusion.sampling.default_noise_sampler(x, seed=seed)
 
 
-def _guidance(model, extra_args: dict) -> Callable[[], torch.Tensor]:
-    """CFG++: makes the model calls keep their unconditional prediction; returns () -> D - D_u of the newest.
+def _difference(model, extra_args: dict, part: str, needed: bool = False) -> Callable[[], Optional[torch.Tensor]]:
+    """Makes the model calls keep a part of their guidance; returns () -> D less that prediction, of the newest call.
 
-    The host then computes the unconditional prediction at cfg 1 too.  Under a mask both predictions are blended with the
-    same picture, so that their difference counts by the mask.
+    Under a mask both predictions are blended with the same picture, so that their difference counts by the mask.  Source:
+    the host's cfg_function, which hands both to post_cfg functions, and KSamplerX0Inpaint.
+
+    Args:
+        part: "cond", the prediction for the positive prompt, or "uncond".
+        needed: the host computes the unconditional prediction at cfg 1 too, and a call without is an error; else such a call
+            gives None.
     """
     import comfy.model_patcher
 
     newest = {}
 
     def keep(args):
-        newest.update(guided=args["denoised"], plain=args["uncond_denoised"], sigma=args["sigma"], found=args.get("uncond"))
+        newest.update(guided=args["denoised"], part=args.get(f"{part}_denoised"), sigma=args["sigma"], found=args.get(part))
         return args["denoised"]
 
     options = comfy.model_patcher.set_model_options_post_cfg_function(
-        dict(extra_args.get("model_options") or {}), keep, disable_cfg1_optimization=True)
+        dict(extra_args.get("model_options") or {}), keep, disable_cfg1_optimization=needed)
     extra_args["model_options"] = options
 
     def difference():
-        if newest.get("found") is None:
+        if newest.get("found") is None or newest["part"] is None:
+            if not needed:
+                return None
             raise ValueError("cfg_pp needs the prediction for the negative prompt, which this guider does not make: use a "
                              "guider with a negative prompt, or switch cfg_pp off")
-        out = newest["guided"] - newest["plain"]
+        out = newest["guided"] - newest["part"]
         mask = extra_args.get("denoise_mask")
         if mask is None:
             return out

@@ -76,10 +76,14 @@ class Direct:
                              "positive": ("CONDITIONING",), "negative": ("CONDITIONING",), "latent_image": ("LATENT",)}}
 
     def run(self, model, seed, steps, cfg, preset, scheduler, positive, negative, latent_image):
+        model, last = model.clone(), {}
+        model.set_model_sampler_post_cfg_function(
+            lambda args: last.update(added=args["denoised"] - args["cond_denoised"]) or args["denoised"])
+
         def sample(model_k, x, sigmas, extra_args=None, callback=None, disable=None):
             flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
             return ersde.sample_preset(model_k, x, sigmas, preset, extra_args, callback, disable,
-                                       process="flow" if flow else "ve")
+                                       process="flow" if flow else "ve", excess=lambda: last["added"])
 
         image = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         noise = comfy.sample.prepare_noise(image, seed)
