@@ -9,9 +9,9 @@ import types
 import pytest
 import torch
 import webui_standin as standin
-from webui_standin import SCHEDULERS, SCRIPT, FakeModel, FakeRNG, SamplerData, load_as_host
+from webui_standin import SCHEDULERS, SCRIPT, FakeModel, FakeRNG, Forked, Guided, Part, Patcher, SamplerData, load_as_host
 
-from ersde import PRESETS, Preset
+from ersde import PRESETS, Preset, sample_preset
 from ersde.hosts import webui
 
 
@@ -353,3 +353,209 @@ def test_a_version_without_a_list_of_schedules(host, monkeypatch):
     monkeypatch.delitem(sys.modules, "modules.sd_schedulers")
     monkeypatch.delattr(sys.modules["modules"], "sd_schedulers")
     assert webui.register() == OURS
+
+
+# What guidance adds.
+
+ONE, AND = [Part(1.0)], [Part(1.0, 0.7), Part(-2.0, 0.5)]
+MASK = torch.linspace(0, 1, 8).expand(4, 8, 8)
+X = torch.linspace(-3, 3, 2 * 4 * 64).reshape(2, 4, 8, 8)
+CALLS = {"single": ([ONE], None), "batch": ([ONE, [Part(2.0)]], None), "weight": ([[Part(1.0, 0.8)]], None),
+         "AND": ([AND], None), "batch of AND": ([AND, AND], None), "masked": ([ONE, [Part(2.0)]], MASK),
+         "masked AND": ([AND, AND], MASK)}
+UNLIKE = {"AND in one of a batch": ([AND, ONE], None), "masked, AND in one": ([ONE, AND], MASK)}
+
+
+SIGMAS = torch.cat([torch.logspace(1.16, -1.5, 6), torch.zeros(1)])
+
+
+def callbacks_left():
+    return sum(sys.modules["modules.script_callbacks"].callback_map.values(), [])
+
+
+def ask(model, scale, calls=1, dtype=torch.float32):
+    """A and D of the newest of some calls."""
+    x, extra_args = X[:len(model.prompts)].to(dtype), model.arguments(scale)
+    with webui.guidance_excess(model, x, extra_args) as excess:
+        for _ in range(calls):
+            out = model(x, x.new_full((len(x),), 2.0), **extra_args)
+        return excess(), out
+
+
+def conditional(prompts, mask):
+    """D_c, as the host has it: D at scale 1."""
+    return ask(Guided(prompts, mask), 1.0)[1]
+
+
+@pytest.mark.parametrize("scale", [7.0, 1.0, 0.0])
+@pytest.mark.parametrize("kind, prompts, mask", [
+    pytest.param(kind, *call, id=f"{kind.__name__}, {name}")
+    for kind, calls in ((Guided, {**CALLS, **UNLIKE}), (Forked, CALLS)) for name, call in calls.items()])
+def test_the_excess_is_the_result_less_the_conditional_one(host, kind, prompts, mask, scale):
+    """At scale 1 it is 0; at 0 the unconditional prediction lacks the condition."""
+    excess, out = ask(kind(prompts, mask), scale, calls=2)
+    expected = ask(Guided(prompts, mask), scale)[1] - conditional(prompts, mask)
+    torch.testing.assert_close(excess, expected, rtol=0, atol=2e-6)
+    assert (expected.abs().max() > 0.1) == (scale != 1)
+    assert excess.dtype == X.dtype and excess.shape == out.shape and not callbacks_left()
+
+
+@pytest.mark.parametrize("kind", [Guided, Forked])
+@pytest.mark.parametrize("prompts, mask", CALLS.values(), ids=list(CALLS))
+def test_a_call_without_the_unconditional_prediction_has_no_excess(host, kind, prompts, mask):
+    """It comes after a guided one, whose excess it must not have."""
+    model = kind(prompts, mask, skip=(1,))
+    excess, _ = ask(model, 7.0, calls=2)
+    assert excess is None or excess.abs().max() < 1e-6
+    assert ask(model, 7.0)[0].abs().max() > 0.1
+
+
+def test_a_call_without_it_in_reforge(host):
+    model = Forked([ONE], skip=(1,))
+    model.nothing = None
+    assert ask(model, 7.0, calls=2)[0] is None and ask(model, 1.0)[0] is None and ask(model, 7.0)[0] is not None
+
+
+def test_an_excess_of_another_call_is_none(host):
+    """Of no call, of one that the host shows nothing of, of another denoiser."""
+    for kind in (Guided, Forked):
+        model = kind([ONE])
+        with webui.guidance_excess(model, X[:1], model.arguments(7.0)) as excess:
+            assert excess() is None
+            model(X[:1], torch.ones(1), **model.arguments(7.0))
+            assert excess() is not None
+            model.step += 1
+            assert excess() is None
+            other = kind([ONE])
+            other.step = model.step - 1
+            other(X[:1], torch.ones(1), **other.arguments(7.0))
+            assert excess() is None
+
+
+def test_an_editing_model_has_no_excess(host):
+    """InstructPix2Pix: two guidances, and a row more per image."""
+    model = Guided([ONE, ONE])
+    model.extra_rows = 1
+    assert ask(model, 7.0)[0] is None
+
+
+def test_the_excess_knows_another_extensions_guidance(host):
+    """A dynamic threshold, say: D is what was returned, whatever made it, a callback after ours too."""
+    model = Guided([ONE])
+    model.combine = lambda rows: torch.tanh(rows[1:] + 7.0 * (rows[:1] - rows[1:]))
+    callbacks = sys.modules["modules.script_callbacks"]
+
+    def halve(params):
+        params.x = params.x * 0.5
+
+    x, extra_args, part = X[:1], model.arguments(7.0), conditional([ONE], None)
+    with webui.guidance_excess(model, x, extra_args) as excess:
+        callbacks.on_cfg_after_cfg(halve)
+        out = model(x, torch.full((1,), 2.0), **extra_args)
+        torch.testing.assert_close(excess(), out - part, rtol=0, atol=1e-6)
+    assert callbacks_left() == [halve]
+
+
+@pytest.mark.parametrize("kind", [Guided, Forked])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_the_excess_has_the_states_dtype(host, kind, mask):
+    assert ask(kind([ONE], mask), 7.0, dtype=torch.float64)[0].dtype == torch.float64
+    model, x = kind([ONE], mask), X[:1].half()
+    with webui.guidance_excess(model, x, model.arguments(7.0)) as excess:
+        model(x.float(), torch.ones(1), **model.arguments(7.0))
+        assert excess().dtype == torch.float16
+
+
+def test_the_excess_when_a_forks_refiner_comes(host):
+    """Its patcher is another one; the one before is as it was, with another extension's function on it."""
+    others = [lambda args: args["denoised"] * 0.5]
+    first, second = Patcher(sampler_post_cfg_function=others), Patcher()
+    model = Forked([ONE])
+    model.load(first)
+    model.change = lambda: model.load(second) if model.step else None
+    x, extra_args = X[:1], model.arguments(7.0)
+    with webui.guidance_excess(model, x, extra_args) as excess:
+        for _ in range(3):
+            out = model(x, torch.full((1,), 2.0), **extra_args)
+            torch.testing.assert_close(excess(), out - conditional([ONE], None), rtol=0, atol=1e-6)
+    assert first.model_options["sampler_post_cfg_function"] == others
+    assert "sampler_post_cfg_function" not in second.model_options and not callbacks_left()
+
+
+def guided_run(host, model, preset="few_steps", scale=7.0):
+    webui.register()
+    p = types.SimpleNamespace(extra_generation_params={}, rng=FakeRNG((1, 2), (4, 8, 8)), cfg_scale=scale)
+    sampler = host.create_sampler(webui.sampler_name(PRESETS[preset]), model)
+    return sampler.sample(p, p.rng.next(), SIGMAS)
+
+
+@pytest.mark.parametrize("preset", ["few_steps", "sde_5", "ode", "comfyui"])
+@pytest.mark.parametrize("kind", [Guided, Forked])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_a_run_is_the_librarys_with_the_excess(host, kind, preset, mask):
+    prompts, last = [ONE, [Part(2.0)]], {}
+    got = guided_run(host, kind(prompts, mask), preset)
+
+    def model(x, sigma):
+        plain = ask_at(x, sigma, 1.0)
+        out = ask_at(x, sigma, 7.0)
+        last["excess"] = out - plain
+        return out
+
+    def ask_at(x, sigma, scale):
+        model = Guided(prompts, mask)
+        return model(x, sigma, **model.arguments(scale))
+
+    def library(**told):
+        rng = FakeRNG((1, 2), (4, 8, 8))
+        return sample_preset(model, rng.next() * SIGMAS[0], SIGMAS, preset, disable=True, process="ve",
+                             noise_sampler=lambda *_: rng.next(), **told)
+
+    torch.testing.assert_close(got, library(excess=lambda: last["excess"]), rtol=1e-5, atol=1e-5)
+    assert ((got - library()).abs().max() > 1e-3) == (preset != "comfyui")
+
+
+@pytest.mark.parametrize("kind", [Guided, Forked])
+def test_nothing_of_ours_is_left_after_a_run(host, kind):
+    """Be it that the host stops it, or that it fails."""
+    def others(params):
+        pass
+
+    callbacks = sys.modules["modules.script_callbacks"]
+    callbacks.on_cfg_denoised(others)
+    seen = []
+
+    class Stop(BaseException):
+        pass
+
+    def change():
+        seen.append(len(callbacks_left()))
+        if model.stop and model.step == 3:
+            raise model.stop
+
+    for stop in (None, Stop, ValueError):
+        model = kind([ONE, ONE])
+        model.change, model.stop = change, stop
+        if stop is None:
+            guided_run(host, model)
+        else:
+            with pytest.raises(stop):
+                guided_run(host, model)
+        assert callbacks_left() == [others]
+        if kind is Forked:
+            assert model.inner_model.inner_model.forge_objects.unet.model_options == {"transformer_options": {}}
+    assert min(seen) > 1
+    model = kind([ONE, ONE])
+    model.change, model.stop, seen[:] = change, None, []
+    guided_run(host, model, "comfyui")
+    assert set(seen) == {1}             # that method has no use for it
+
+
+@pytest.mark.parametrize("missing", ["on_cfg_denoised", "on_cfg_after_cfg", "remove_callbacks_for_function"])
+def test_without_the_hosts_callbacks_it_samples_all_the_same(host, monkeypatch, missing):
+    told = guided_run(host, Guided([ONE, ONE]))
+    monkeypatch.delattr(sys.modules["modules.script_callbacks"], missing)
+    untold = guided_run(host, Guided([ONE, ONE]))
+    assert untold.isfinite().all() and (untold - told).abs().max() > 1e-3 and not callbacks_left()
+    with webui.guidance_excess(types.SimpleNamespace(), X, {}) as excess:
+        assert excess is None

@@ -55,6 +55,105 @@ class FakeModel:
         return self.denoise(x, sigma.reshape(-1, *[1] * (x.ndim - 1)))
 
 
+class Part:
+    """A prompt of an AND and its weight: the denoiser of N(mean, 1) data."""
+
+    def __init__(self, mean, weight=1.0):
+        self.mean, self.weight = mean, weight
+
+    def __call__(self, x, sigma):
+        return (x + sigma ** 2 * self.mean) / (1 + sigma ** 2)
+
+
+class Guided(FakeModel):
+    """The host's CFGDenoiser over one prompt of parts per image; `skip`: the numbers of the calls without D_u.
+
+    A test's own `extra_rows` makes an InstructPix2Pix model of it, and `combine` another extension's guidance.
+    """
+
+    extra_rows, combine = 0, None
+
+    def __init__(self, prompts, mask=None, skip=(), p=None):
+        super().__init__(p)
+        self.prompts, self.skip, self.step, self.sampler = prompts, skip, 0, None
+        self.mask, self.nmask, self.init_latent = None if mask is None else 1 - mask, mask, 3.0
+        self.inner_model.inner_model = types.SimpleNamespace()
+
+    def arguments(self, scale):
+        return {"cond": types.SimpleNamespace(batch=self.prompts), "uncond": Part(-0.5), "cond_scale": scale}
+
+    def __call__(self, x, sigma, cond, uncond, cond_scale):
+        callbacks = sys.modules["modules.script_callbacks"]
+        sigma, scale = sigma.reshape(-1, *[1] * (x.ndim - 1)), 1.0 if self.step in self.skip else cond_scale
+        self.change()
+        callbacks.run("cfg_denoiser", types.SimpleNamespace(denoiser=self))
+        out = self.predict(callbacks, x, sigma, self.prompts, None if self.step in self.skip else uncond, scale)
+        if self.mask is not None:
+            out = self.blend(out)
+        params = types.SimpleNamespace(x=out)
+        callbacks.run("cfg_after_cfg", params)
+        self.step += 1
+        self.calls += 1
+        return params.x
+
+    def change(self):
+        """Where a refiner comes."""
+
+    def blend(self, out):
+        return out * self.nmask + self.init_latent * self.mask
+
+    def predict(self, callbacks, x, sigma, prompts, uncond, scale):
+        rows = [part(x[i], sigma[i]) for i, parts in enumerate(prompts) for part in parts]
+        firsts = [sum(map(len, prompts[:i])) for i in range(len(prompts))]
+        rows += [uncond(x[i], sigma[i]) if uncond else rows[firsts[i]] for i in range(len(prompts))] * (1 + self.extra_rows)
+        rows = torch.stack(rows)
+        callbacks.run("cfg_denoised", types.SimpleNamespace(x=rows, inner_model=self.inner_model))
+        if self.combine:
+            return self.combine(rows)
+        out = rows[-len(prompts):].clone()
+        for i, parts in enumerate(prompts):
+            for j, part in enumerate(parts):
+                out[i] += (rows[firsts[i] + j] - rows[i - len(prompts)]) * (part.weight * scale)
+        return out
+
+
+class Patcher:
+    """A fork's patcher of a network."""
+
+    def __init__(self, **options):
+        self.model_options = {"transformer_options": {}, **options}
+
+    def set_model_sampler_post_cfg_function(self, function):
+        before = self.model_options.get("sampler_post_cfg_function", [])
+        self.model_options["sampler_post_cfg_function"] = before + [function]
+
+
+class Forked(Guided):
+    """Forge's: no rows, but the patcher's post-cfg functions.  Where there is no D_u it is 0, or None in reForge."""
+
+    nothing = 0.0
+
+    def __init__(self, prompts, *rest, **changes):
+        super().__init__(prompts, *rest, **changes)
+        self.load(Patcher())
+
+    def load(self, unet):
+        self.inner_model.inner_model.forge_objects = types.SimpleNamespace(unet=unet)
+
+    def predict(self, callbacks, x, sigma, prompts, uncond, scale):
+        parts = prompts[0]                  # a batch has the weights of its first image
+        weight = sum(part.weight for part in parts)
+        mean = torch.stack([sum(one(x[i], sigma[i]) * part.weight for one, part in zip(prompt, parts))
+                            for i, prompt in enumerate(prompts)]) / weight
+        plain = uncond(x, sigma) if uncond and scale != 1 else None if self.nothing is None else torch.zeros_like(x)
+        out = mean if plain is None else plain + (mean - plain) * scale * weight
+        options = self.inner_model.inner_model.forge_objects.unet.model_options
+        for function in options.get("sampler_post_cfg_function", []):
+            out = function({"denoised": out, "cond": [{"strength": part.weight} for part in parts], "uncond": [{}],
+                            "cond_denoised": mean, "uncond_denoised": plain, "sigma": sigma, "model_options": options})
+        return out
+
+
 class FakeKDiffusionSampler:
     """The host's caller: looks at the function's signature for what to pass."""
 
@@ -70,7 +169,8 @@ class FakeKDiffusionSampler:
             p.extra_generation_params["Eta"] = 0.37
         if (self.config.options or {}).get("brownian_noise"):
             kwargs["noise_sampler"] = None
-        return self.func(self.model, x * sigmas[0], extra_args={"cond": "prompt"}, disable=False,
+        extra_args = self.model.arguments(p.cfg_scale) if isinstance(self.model, Guided) else {"cond": "prompt"}
+        return self.func(self.model, x * sigmas[0], extra_args=extra_args, disable=False,
                          callback=lambda d: self.seen.append((d["i"], float(d["sigma"]))), **kwargs)
 
 
@@ -328,6 +428,19 @@ def add_page(host):
     scripts.scripts_data = [other, types.SimpleNamespace(module=xyz, path="xyz_grid.py")]
     callbacks.before_ui, callbacks.pasted = [], []
     callbacks.on_before_ui, callbacks.on_infotext_pasted = callbacks.before_ui.append, callbacks.pasted.append
+    callbacks.callback_map = {f"callbacks_{name}": [] for name in ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")}
+    for name in ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg"):
+        setattr(callbacks, f"on_{name}", callbacks.callback_map[f"callbacks_{name}"].append)
+
+    def run(name, params):
+        for callback in list(callbacks.callback_map[f"callbacks_{name}"]):
+            callback(params)                # the host reports an exception and goes on; here it is to be seen
+
+    def remove_callbacks_for_function(function):
+        for functions in callbacks.callback_map.values():
+            functions[:] = [one for one in functions if one != function]
+
+    callbacks.run, callbacks.remove_callbacks_for_function = run, remove_callbacks_for_function
     gradio, context = types.ModuleType("gradio"), types.ModuleType("gradio.context")
     context.Context, gradio.context, gradio.__path__ = Context, context, []
     for kind in (Dropdown, Textbox, CheckboxGroup, Accordion, Blocks):

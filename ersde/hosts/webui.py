@@ -6,7 +6,10 @@ The host's modules are imported inside functions only, so that this module can b
 from __future__ import annotations
 
 import sys
-from typing import Callable, Dict, List, Mapping, Optional
+from contextlib import contextmanager, nullcontext
+from typing import Callable, ContextManager, Dict, List, Mapping, Optional
+
+import torch
 
 from ..presets import Preset, all_presets
 from ..samplers import sample_preset
@@ -55,6 +58,115 @@ def model_watch(model) -> Callable[[], bool]:
         return now[0] is not before[0] or now[1] != before[1]
 
     return changed
+
+
+def guidance_excess(model, x, extra_args: dict) -> ContextManager[Optional[Callable[[], Optional[torch.Tensor]]]]:
+    """For the time of a run, () -> A = D - D_c of the newest call of `model`, for `sample_preset`; None: nothing tells it.
+
+    With D_u and D_c of weight w, the weights of a prompt with AND summed, and a mask's share m of the new picture,
+
+        D_c = D_u + w (mean of the conditions' predictions - D_u),   A = m (D - D_c).
+
+    A call of which the host does not tell both predictions gives None, one without guidance None or 0.
+
+    Args:
+        x: a state of the run, for the dtype and the device of A.
+        extra_args: what the model is called with; the host exchanges its conditions when a refiner comes.
+    """
+    callbacks = sys.modules.get("modules.script_callbacks")
+    wanted = ("on_cfg_denoiser", "on_cfg_denoised", "on_cfg_after_cfg", "remove_callbacks_for_function")
+    if not hasattr(model, "step") or not all(hasattr(callbacks, name) for name in wanted):
+        return nullcontext()
+    inner = getattr(getattr(model, "inner_model", None), "inner_model", None)
+    return (_excess_of_hook if hasattr(inner, "forge_objects") else _excess_of_rows)(callbacks, model, x, extra_args)
+
+
+@contextmanager
+def _excess_of_rows(callbacks, model, x, extra_args):
+    """AUTOMATIC1111: its callbacks are shown all predictions of a call, then the result.
+
+    The rows are those of the conditions, image after image, then D_u of each image, or where the host saves that, the
+    image's first condition once more.  The result is blended under a mask, by an extension's rule perhaps, so that D is
+    taken from the host's own formula there, D_u + s (D_c - D_u).  An InstructPix2Pix model, which has two guidances, has
+    more rows.  Source: modules/sd_samplers_cfg_denoiser.py.
+    """
+    newest = {}
+
+    def keep_rows(params):
+        if params.inner_model is model.inner_model:
+            newest.update(step=model.step, rows=params.x, result=None)
+
+    def keep_result(params):
+        newest["result"] = params       # itself: the callbacks after this one may exchange its x
+
+    def excess():
+        images = getattr(extra_args.get("cond"), "batch", None)
+        if images is None or newest.get("result") is None or newest.get("step") != model.step - 1:
+            return None
+        rows, weights = newest["rows"], [[part.weight for part in parts] for parts in images]
+        if len(rows) != len(images) + sum(map(len, weights)):
+            return None
+        plain, at = rows[-len(images):], 0
+        conditional, first = plain.clone(), []
+        for i, parts in enumerate(weights):
+            first.append(at)
+            for weight in parts:
+                conditional[i] += (rows[at] - plain[i]) * weight
+                at += 1
+        if getattr(model, "mask", None) is None:
+            return (newest["result"].x - conditional).to(x)
+        if at > len(images) and torch.equal(plain, rows[first]):
+            return None         # without D_u, which more than one condition would seem to differ from
+        return ((conditional - plain) * (extra_args["cond_scale"] - 1.0) * model.nmask).to(x)
+
+    try:
+        callbacks.on_cfg_denoised(keep_rows)
+        callbacks.on_cfg_after_cfg(keep_result)
+        yield excess
+    finally:
+        for keep in (keep_rows, keep_result):
+            callbacks.remove_callbacks_for_function(keep)
+        newest.clear()
+
+
+@contextmanager
+def _excess_of_hook(callbacks, model, x, extra_args):
+    """Forge, reForge, Forge Neo: a post-cfg function of the network's patcher is given D, D_u and the conditions' mean.
+
+    A refiner has a patcher of its own, so that each call looks for it.  Source: backend/sampling/sampling_function.py,
+    in reForge ldm_patched/modules/samplers.py.
+    """
+    name, newest, hooked = "sampler_post_cfg_function", {}, []
+
+    def keep(args):
+        parts = args["cond"]        # a tensor in the first versions of Forge, whose mean has the weights in it
+        newest.update(step=model.step, guided=args["denoised"], mean=args["cond_denoised"], plain=args["uncond_denoised"],
+                      weight=sum(part.get("strength", 1.0) for part in parts) if isinstance(parts, list) else 1.0)
+        return args["denoised"]
+
+    def hook(_=None):
+        unet = model.inner_model.inner_model.forge_objects.unet
+        if keep not in unet.model_options.get(name, ()):
+            unet.set_model_sampler_post_cfg_function(keep)
+            hooked.append(unet.model_options)       # not the patcher, which would hold on to a network not in use any more
+
+    def excess():
+        if newest.get("plain") is None or newest["step"] != model.step - 1:
+            return None
+        plain = newest["plain"]
+        out = newest["guided"] - plain - (newest["mean"] - plain) * newest["weight"]
+        return (out if getattr(model, "mask", None) is None else out * model.nmask).to(x)
+
+    try:
+        callbacks.on_cfg_denoiser(hook)
+        yield excess
+    finally:
+        callbacks.remove_callbacks_for_function(hook)
+        for options in hooked:
+            options[name] = [function for function in options.get(name, ()) if function is not keep]
+            if not options[name]:
+                del options[name]
+        newest.clear()
 
 
 def page_defaults() -> Dict[str, object]:
@@ -126,8 +238,11 @@ def sampler_function(preset: Preset) -> Callable:
                 # The host's setting changes the generators that our noise comes from.  Its own way to write it
                 # ('uses_ensd') knows nothing of what the settings made of the preset.
                 p.extra_generation_params[settings.DELTA_LABEL] = delta
-        return sample_preset(model, x, sigmas, used, extra_args, callback, disable, noise_sampler=host_noise(model, x),
-                             process=process, fresh=model_watch(model))
+        extra_args = {} if extra_args is None else extra_args
+        # Only the long steps of this method ask for it.
+        with guidance_excess(model, x, extra_args) if used.method == "exact" else nullcontext() as excess:
+            return sample_preset(model, x, sigmas, used, extra_args, callback, disable, noise_sampler=host_noise(model, x),
+                                 process=process, fresh=model_watch(model), excess=excess)
 
     sample.__name__ = sample.__qualname__ = f"sample_er_sde_{preset.name}"
     return sample
