@@ -107,7 +107,7 @@ class Guided(FakeModel):
         firsts = [sum(map(len, prompts[:i])) for i in range(len(prompts))]
         rows += [uncond(x[i], sigma[i]) if uncond else rows[firsts[i]] for i in range(len(prompts))] * (1 + self.extra_rows)
         rows = torch.stack(rows)
-        callbacks.run("cfg_denoised", types.SimpleNamespace(x=rows, inner_model=self.inner_model))
+        callbacks.run("cfg_denoised", types.SimpleNamespace(x=rows))
         if self.combine:
             return self.combine(rows)
         out = rows[-len(prompts):].clone()

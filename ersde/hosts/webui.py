@@ -93,8 +93,7 @@ def _excess_of_rows(callbacks, model, x, extra_args):
     newest = {}
 
     def keep_rows(params):
-        if params.inner_model is model.inner_model:
-            newest.update(step=model.step, rows=params.x, result=None)
+        newest.update(step=model.step, rows=params.x, result=None)
 
     def keep_result(params):
         newest["result"] = params       # itself: the callbacks after this one may exchange its x

@@ -326,19 +326,25 @@ def test_a_refiner(server):
 
 
 class Run:
-    """One picture as its network met it: sigmas of shape (steps + 1,), states and evaluations by step, float64."""
+    """One picture as its network met it: sigmas of shape (steps + 1,), states, evaluations and their part for the condition
+    alone by step, float64.
+    """
 
     def __init__(self, server, sampler, **changes):
         server.get("/ersde-probe")                      # what was before is not ours
         _, (self.infotext,) = server.make_as(sampler, **changes)
         steps = server.get("/ersde-probe")
+        self.fork = steps[0]["fork"]
         self.sigmas = torch.tensor([*(step["sigma"] for step in steps), 0.0], dtype=torch.float64)
-        self.states, self.evaluations = (torch.tensor([step[key] for step in steps], dtype=torch.float64)
-                                         for key in ("x", "denoised"))
+        self.states, self.evaluations, self.conditional = (
+            torch.tensor([step[key] for step in steps], dtype=torch.float64) for key in ("x", "denoised", "conditional"))
 
-    def difference(self, sampler, first=0):
-        """How far, by step, are the states that `sampler(model, x, sigmas)` asks for from the recorded ones, relative to
-        them, if it begins at the step `first` and is answered as the host was."""
+    def difference(self, sampler, first=0, mask=1.0):
+        """How far, by step, are the states that `sampler(model, x, sigmas, excess)` asks for from the recorded ones,
+        relative to them, if it begins at the step `first` and is answered as the host was.
+
+        mask: 1 where the picture is new.
+        """
         out = [0.0] * first
 
         def model(x, *_, **__):
@@ -346,13 +352,55 @@ class Run:
             out.append(((x - self.states[i]).norm() / self.states[i].norm()).item())
             return self.evaluations[i]
 
-        sampler(model, self.states[first], self.sigmas[first:])
+        excess = lambda: (self.evaluations[len(out) - 1] - self.conditional[len(out) - 1]) * mask
+        sampler(model, self.states[first], self.sigmas[first:], excess)
         return torch.tensor(out)
 
 
-def by_library(preset, process="ve"):
-    """The library's run without noise."""
-    return lambda model, x, sigmas: sample_preset(model, x, sigmas, PRESETS[preset], disable=True, process=process)
+def by_library(preset, process="ve", told=True):
+    """The library's run without noise; `told`: it knows what guidance adds."""
+    return lambda model, x, sigmas, excess: sample_preset(model, x, sigmas, PRESETS[preset], disable=True, process=process,
+                                                          excess=excess if told else None)
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_the_long_steps_are_told_what_guidance_adds(server, steps):
+    """To the library's own run; without the prediction for the condition alone it would be another picture."""
+    ode = sampler_name(PRESETS["ode"])
+    run = Run(server, ode, steps=steps, cfg_scale=7)
+    assert len(run.states) == steps and run.difference(by_library("ode")).max() < 1e-5
+    assert run.difference(by_library("ode", told=False)).max() > 1e-3
+    plain = Run(server, ode, steps=steps, cfg_scale=1)
+    assert plain.difference(by_library("ode", told=False)).max() < 1e-5
+
+
+def test_under_a_mask_guidance_adds_to_what_is_new(server):
+    Image = pytest.importorskip("PIL.Image")
+    start = base64.b64encode(server.make_as("Euler a", width=128, height=128)[0][0]).decode()
+    picture, buffer = Image.new("L", (128, 128), 0), io.BytesIO()
+    picture.paste(255, (64, 0, 128, 128))
+    picture.save(buffer, "PNG")
+    run = Run(server, sampler_name(PRESETS["ode"]), kind="img2img", init_images=[start], width=128, height=128,
+              mask=base64.b64encode(buffer.getvalue()).decode(), mask_blur=0, inpainting_fill=1, denoising_strength=0.9,
+              cfg_scale=7)
+    if run.fork:
+        pytest.skip("this WebUI exchanges the noise of what is kept before each call, so that no run can be made again")
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    assert len(run.states) > 4 and run.difference(by_library("ode"), mask=mask).max() < 1e-5
+    assert run.difference(by_library("ode")).max() > 1e-3
+    assert run.difference(by_library("ode", told=False)).max() > 1e-3
+
+
+def test_nothing_is_left_with_the_host_after_a_guided_run(server):
+    """The same pictures of its own sampler, with AND as well, and no error in its log."""
+    plain, = server.make_as("Euler a", cfg_scale=7)[0]
+    for changes in ({}, {"prompt": "a lighthouse AND a forest at night :0.5"}, {"batch_size": 2},
+                    {"s_min_uncond": 8.0, "prompt": "a lighthouse AND a forest"}):
+        (*_, image), _ = server.make_as(OURS[0], cfg_scale=7, steps=6, **changes)
+        assert pixels(image).std() > 1
+    assert same(server.make_as("Euler a", cfg_scale=7)[0][0], plain)
+    assert "Error executing callback" not in server.log.read_text(errors="replace")
 
 
 def test_no_history_crosses_a_refiners_switch(server):
@@ -371,7 +419,7 @@ def test_no_history_crosses_a_refiners_switch(server):
 
 def by_comfyui(seed, process):
     """ComfyUI's er_sde, from its formulas, with the noise of the host's generator for that seed."""
-    def run(model, x, sigmas):
+    def run(model, x, sigmas, _):
         if process == "flow":       # where the schedule begins at 1, it starts at 0.01 % of it (here for a shift of 3)
             sigmas = sigmas.clamp(max=1 - 1e-4 / 3)
         generator = torch.Generator().manual_seed(seed)

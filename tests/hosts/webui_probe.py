@@ -6,7 +6,20 @@ RECORD = []
 
 def asked(params):
     """The newest image of a batch alone: the first, whatever the host repeats it for."""
-    RECORD.append({"sigma": float(params.sigma[0]), "x": params.x[:1].double().tolist()})
+    forge = getattr(params.denoiser.inner_model.inner_model, "forge_objects", None)
+    RECORD.append({"sigma": float(params.sigma[0]), "x": params.x[:1].double().tolist(), "fork": forge is not None})
+    if forge and conditional not in forge.unet.model_options.get("sampler_post_cfg_function", ()):
+        forge.unet.set_model_sampler_post_cfg_function(conditional)     # the forks do not show their predictions
+
+
+def predicted(params):
+    """The prediction for the first prompt, before any guidance."""
+    RECORD[-1]["conditional"] = params.x[:1].double().tolist()
+
+
+def conditional(args):
+    RECORD[-1]["conditional"] = args["cond_denoised"][:1].double().tolist()
+    return args["denoised"]
 
 
 def answered(params):
@@ -21,5 +34,6 @@ def hand_over():
 
 
 script_callbacks.on_cfg_denoiser(asked)
+script_callbacks.on_cfg_denoised(predicted)
 script_callbacks.on_cfg_after_cfg(answered)
 script_callbacks.on_app_started(lambda _, app: app.add_api_route("/ersde-probe", hand_over))
