@@ -28,8 +28,9 @@ def sample(process="ve", labels=("face",), preset="sde_5", steps=24, cfg=3.0, se
     if x is None:
         x = torch.randn(len(labels), 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * sigmas[0].float()
     model = guided(load_model(process), list(labels), cfg)
-    return ersde.sample_preset(lambda x, sigma, **_: model(x, sigma), x, sigmas.float(),
-                               ersde.get_preset(preset).replace(**changes), {"seed": seed}, disable=True, process=process)
+    return ersde.sample_preset(model, x, sigmas.float(),
+                               ersde.get_preset(preset).replace(**changes), {"seed": seed}, disable=True, process=process,
+                               excess=model.excess)
 
 
 def tile(picture, side):
