@@ -96,7 +96,12 @@ def samplers(device: str = "cpu") -> Dict[str, Callable]:
         return lambda model, x, sigmas, noise: ersde.sample_er_sde(model, x, sigmas, disable=True, process="ve",
                                                                    noise_sampler=noise, **kw)
 
+    def guided(model, x, sigmas, noise):
+        return ersde.sample_preset(model, x, sigmas, "sde_5", disable=True, process="ve", noise_sampler=noise,
+                                   excess=lambda: model.out[0] - model.out[1])
+
     found = {"ersde exact": ours(), "ersde exact, ODE": ours(eta=0.0), "ersde exact, no corrector": ours(corrector=False),
+             "ersde exact, told the guidance": guided,
              "ersde exact, order 5": ours(order=5), "ersde comfyui": ours(method="comfyui")}
     if os.environ.get("COMFYUI_PATH"):
         found["ComfyUI er_sde"] = _comfyui(os.environ["COMFYUI_PATH"], device)

@@ -88,7 +88,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     base, score = (value if value is None else value.clone() for value in (known.base, known.score))
     m = measure.kind(x)
     bent, inverse, factor = [m.take(one, x) for one in known.bent], m.take(known.inverse, x), known.factor
-    lean, by_lean = known.excess, m.take(known.by_excess, x)
+    lean, by_lean = known.excess, known.by_excess if known.excess is None else m.take(known.by_excess, x)
     size: Optional[Number] = None       # |R_0| of the step before, where that measured it
     # One number per step, left on the device: a sum is not finite exactly where its terms are not (or overflow).
     sums: List[Number] = []

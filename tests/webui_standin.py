@@ -56,13 +56,17 @@ class FakeModel:
 
 
 class Part:
-    """A prompt of an AND and its weight: the denoiser of N(mean, 1) data."""
+    """A prompt of an AND and its weight: the denoiser of N(mean, 1 + |mean|) data.
+
+    Of one variance for all, guidance would be a Gaussian's, which long steps know without being told.
+    """
 
     def __init__(self, mean, weight=1.0):
         self.mean, self.weight = mean, weight
 
     def __call__(self, x, sigma):
-        return (x + sigma ** 2 * self.mean) / (1 + sigma ** 2)
+        v = 1.0 + abs(self.mean)
+        return (v * x + sigma ** 2 * self.mean) / (v + sigma ** 2)
 
 
 class Guided(FakeModel):
