@@ -5,7 +5,8 @@
 
 The samplers are those of benchmarks/quality.py; the network is the demo's, `ve` on Karras' schedule (rho 7, sigma 80 to
 0.01: at the 14.6 of Stable Diffusion the white paper still shows through the noise, and all samplers would start too dark),
-`flow` on equal steps of time with shift 3.  A sampler with two calls a step has cells at odd counts alone.
+`flow` on equal steps of time with shift 3.  Our presets are told what guidance adds (`excess` of `ersde.sample_preset`), as
+the hosts tell them.  A sampler with two calls a step has cells at odd counts alone.
 
 The distances are taken in the 128 features of benchmarks/classifier.py, between N pictures of the sampler, the classes in
 turn, and the pictures that the network was trained on, drawn as in its training (benchmarks/data.py), whose features lie in

@@ -218,14 +218,13 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
     before, old, inverse, free = past.pop(), None, known, None
     if amend.measure or known is None:
         if before is None:
-            turned, along = score, score * change
+            turned = score
         else:
             old = None if amend.limit is None else length(m, before)
-            turned = along = torch.sub(score, before, alpha=turn, out=before)
+            turned = torch.sub(score, before, alpha=turn, out=before)
         moved = length(m, turned) if apart else None
-        if before is not None:
-            along.mul_(change)
-        along, size = measure.total(m, along), length(m, change)
+        along = measure.total(m, score * change if before is None else turned.mul_(change))
+        size = length(m, change)
         inverse = measure.inverse_variance(m, by, amend, along, size)
         if apart:
             free = measure.unexplained(m, by, along, moved, size)
