@@ -103,7 +103,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
         new = None if replan is None else replan(i)
         if new is not None:
-            now, first, newest, inverse, size, lean = new, i, None, None, None, None
+            now, first, newest, inverse, size = new, i, None, None, None
             changes.clear()
             by_step = numbers(now, x.ndim, x.dtype, x.device, m.floats)
         kept = now.history if memory is None else MAX_ORDER + 1

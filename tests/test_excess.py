@@ -168,6 +168,19 @@ def test_a_run_in_parts_is_the_whole(process, preset):
         assert torch.equal(sample(model, sigmas[cut:], preset, x=x, history=history, excess=model.excess), whole), cut
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_part_that_is_not_told_takes_nothing_back_of_the_one_before(process):
+    model, sigmas, pictures = Gaussians(process), SCHEDULES[process], []
+    for forget in (False, True):
+        history = History()
+        x = sample(model, sigmas[:4], history=history, excess=model.excess)
+        assert history._past.memory.excess is not None
+        if forget:
+            history._past.memory.excess = None
+        pictures.append(sample(model, sigmas[3:], x=x, history=history))
+    assert torch.equal(*pictures)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_picture_of_a_batch_is_the_picture_alone(dtype):
     model, sigmas = Gaussians("ve", dim=96), SCHEDULES["ve"]
