@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .weights import Amend, Plan, Step
 Tensor = torch.Tensor
 Number = Union[float, np.ndarray, Tensor]
 """One number per picture: shape (batch, 1, ...), or a float for a picture alone."""
+Rows = Union[Tensor, Sequence[Tensor]]
+"""A state, for sums over each picture: as it is, or each picture's numbers one after the other."""
 
 HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
@@ -40,9 +42,24 @@ class Tensors:
         """Where what is divided by 0 gets the infinity that is meant, and no warning."""
         return _AS_IT_IS
 
-    def read(self, value: Tensor) -> Number:
-        """A tensor of one number per picture as such numbers."""
-        return value
+    def rows(self, x: Tensor) -> Rows:
+        """What `inner` and `length` take."""
+        return x
+
+    def inner(self, x: Rows, y: Rows, free: bool = False) -> Number:
+        """Inner product of each picture, float32 or wider; x may be written over where it is free."""
+        x = x.to(torch.float32) if x.dtype in HALF else x
+        product = x.mul_(y) if free else x * y
+        return product if x.ndim == 1 else product.sum(dim=rest(x.ndim), keepdim=True)
+
+    def length(self, x: Rows) -> Number:
+        """Euclidean norm of each picture, float32 or wider."""
+        wide = torch.float32 if x.dtype in HALF else x.dtype
+        return x.abs().to(wide) if x.ndim == 1 else torch.linalg.vector_norm(x, 2, rest(x.ndim), True, dtype=wide)
+
+    def none(self, weight: Number) -> bool:
+        """Whether all are known to be 0, so that there is nothing to add."""
+        return False
 
     def take(self, value: Optional[Number], x: Tensor) -> Optional[Number]:
         """Numbers that another run left, in whatever form."""
@@ -57,9 +74,9 @@ class Tensors:
         """x + value * weight * change, of change's dtype"""
         return torch.addcmul(like(x, change), change, like(weight, change), value=value)
 
-    def mul(self, x: Tensor, weight: Number) -> Tensor:
-        """x * weight"""
-        return x * weight
+    def mul(self, x: Tensor, weight: Number, out: Optional[Tensor] = None) -> Tensor:
+        """x * weight, in the memory of `out` where there is one"""
+        return torch.mul(x, weight, out=out)
 
     def div_(self, x: Tensor, weight: Number) -> Tensor:
         """x /= weight"""
@@ -73,11 +90,17 @@ def _float_div(a: float, b: float) -> float:
 class Floats:
     """Numbers of a picture alone on the CPU.
 
-    A weight gets into an operation by the one tensor that is kept for it: what is asked of the CPU is done at once.
+    A weight gets into an operation by the one tensor that is kept for it, and a sum out of it by another: what is asked of
+    the CPU is done at once.
 
     Attributes:
         weight: that tensor, shape (batch, 1, ...), of the state's dtype.
-        cell: numpy's view of it.
+        cell: numpy's view of its numbers.
+        sums: the other, a tensor per picture.
+        found: numpy's view of all of them, of weight's shape.
+        count: the numbers of a picture.
+        lined: whether pictures are whole cache lines.  A library's inner product adds up in another order where memory
+            begins elsewhere in a line, and a picture of a batch would not be the picture alone.
     """
 
     addcmul = staticmethod(lambda a, b, c, value=1.0: a + value * b * c)
@@ -90,20 +113,39 @@ class Floats:
     floats = True
 
     def __init__(self, x: Tensor):
-        self.weight = torch.empty((x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device="cpu")
-        self.cell = self.weight.numpy()
+        self.weight, sums = torch.zeros((2, x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device="cpu").unbind()
+        self.cell, self.found, self.sums = self.weight.numpy().reshape(-1), sums.numpy(), sums.view(-1).unbind()
+        self.count = math.prod(x.shape[1:])
+        self.lined = self.count * x.element_size() % 64 == 0
 
     def quiet(self):
         return _AS_IT_IS
 
-    def read(self, value):
-        return value.numpy().item()
+    def rows(self, x):
+        return (like(x, self.weight).reshape(-1),)
+
+    def _read(self) -> Number:
+        return self.found.item()
+
+    def inner(self, x, y, free=False):
+        for a, b, out in zip(x, y, self.sums):
+            if self.lined:
+                torch.dot(a, b, out=out)
+            else:
+                torch.sum(a * b, 0, out=out)
+        return self._read()
+
+    def length(self, x):
+        return self.sqrt(self.inner(x, x))
+
+    def none(self, weight):
+        return weight == 0.0
 
     def take(self, value, x):
         return value if value is None or isinstance(value, float) else value.item()
 
     def _held(self, weight, value=1.0) -> Tensor:
-        self.cell[...] = weight if value == 1.0 else value * weight
+        self.cell[0] = value * weight
         return self.weight
 
     def add_(self, x, change, weight, value=1.0):
@@ -112,8 +154,8 @@ class Floats:
     def add(self, x, change, weight, value=1.0):
         return torch.addcmul(like(x, change), change, self._held(weight, value))
 
-    def mul(self, x, weight):
-        return x * self._held(weight)
+    def mul(self, x, weight, out=None):
+        return torch.mul(x, self._held(weight), out=out)
 
     def div_(self, x, weight):
         return x.div_(self._held(weight))
@@ -129,13 +171,23 @@ class Arrays(Floats):
     def quiet(self):
         return np.errstate(all="ignore")
 
-    def read(self, value):
-        return value.numpy().astype(np.float64)
+    def rows(self, x):
+        return like(x, self.weight).reshape(-1, self.count).unbind() if self.count else ()
+
+    def _read(self):
+        return self.found.astype(np.float64)
+
+    def _held(self, weight, value=1.0):
+        self.cell[:] = np.ravel(value * weight)
+        return self.weight
+
+    def none(self, weight):
+        return not np.any(weight)
 
     def take(self, value, x):
         if value is None or isinstance(value, np.ndarray):
             return value
-        return np.full(self.cell.shape, value) if isinstance(value, float) else self.read(value.cpu())
+        return np.full(self.found.shape, value) if isinstance(value, float) else value.cpu().numpy().astype(np.float64)
 
 
 Kind = Union[Tensors, Floats]
@@ -209,24 +261,6 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device, flo
 def rest(ndim: int) -> Tuple[int, ...]:
     """The dimensions of one picture."""
     return tuple(range(1, ndim))
-
-
-def length(m: Kind, x: Tensor) -> Number:
-    """Euclidean norm of each picture, float32 or wider."""
-    if x.ndim == 1:
-        return m.read(x.abs().to(torch.float32) if x.dtype in HALF else x.abs())
-    wide = torch.float32 if x.dtype in HALF else None
-    return m.read(torch.linalg.vector_norm(x, 2, rest(x.ndim), True, dtype=wide))
-
-
-def total(m: Kind, x: Tensor, dtype: Optional[torch.dtype] = None) -> Number:
-    """Sum over each picture."""
-    return m.read(x.to(dtype or x.dtype) if x.ndim == 1 else x.sum(dim=rest(x.ndim), keepdim=True, dtype=dtype))
-
-
-def inner(m: Kind, x: Tensor, y: Tensor) -> Number:
-    """Inner product of each picture, float32 or wider."""
-    return total(m, (x.to(torch.float32) if x.dtype in HALF else x) * y)
 
 
 def inverse_variance(m: Kind, by: Numbers, amend: Amend, along: Number, size: Number) -> Number:

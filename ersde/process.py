@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Callable, Mapping
@@ -81,6 +82,13 @@ def check_sigmas(sigmas, process: Process) -> np.ndarray:
         values = values.astype(np.float64)
     if values.ndim != 1:
         raise ValueError(f"sigmas must be 1-D, of shape (steps + 1,), got shape {tuple(values.shape)}")
+    return _checked(values.tobytes(), process).copy()
+
+
+@functools.lru_cache(maxsize=32)
+def _checked(sigmas: bytes, process: Process) -> np.ndarray:
+    """`check_sigmas` of float64 numbers, which the next picture or tile has again."""
+    values = np.frombuffer(sigmas)
     if not np.isfinite(values).all():
         at = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ValueError(f"sigmas must be finite, got {values[at]} at index {at}")

@@ -119,7 +119,7 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         raise TypeError(f"extra_args must be a dict of keyword arguments, got {shown(extra_args)}")
     check_state(x)
     process = get_process(hosts.read_process(model) if process is None else process)
-    values = check_sigmas(sigmas, process).copy()
+    values = check_sigmas(sigmas, process)
     if len(values) < 2:
         return x
     start, end = window(values) if callable(window) else _checked_window(window)
@@ -157,8 +157,8 @@ def _sample(model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise
         replan = lambda i: make(values[i:], etas[i:]) if fresh() else None
 
     def go(plan, x, memory=None):
-        holds, least = torch.finfo(x.dtype), values[values > 0].min()
-        if max(values.max(), *(step.noise for step in plan.steps)) > holds.max:
+        holds, (least, most) = torch.finfo(x.dtype), plan.extent
+        if most > holds.max:
             raise ValueError(f"x of dtype {x.dtype} holds numbers up to {holds.max:g}, too few for sigmas up to "
                              f"{values.max():g} with s_noise={s_noise:g}")
         if least <= 0.5 * holds.tiny * holds.eps:

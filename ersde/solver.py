@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 
 from . import measure
 from .errors import check_tensor_like
-from .measure import HALF, TENSORS, TINY, Kind, Number, Numbers, length, like, numbers
+from .measure import HALF, TENSORS, TINY, Kind, Number, Numbers, Rows, like, numbers
 from .weights import MAX_ORDER, Amend, Plan, Settle, Step
 
 Tensor = torch.Tensor
@@ -37,6 +38,20 @@ class Memory:
     factor: float = 1.0
     excess: Optional[Tensor] = None
     by_excess: Number = 0.0
+
+
+class Law(NamedTuple):
+    """What the bend of a long step goes by, as the correction of the one before found it.
+
+    Attributes:
+        bend, sure: the weight on R_0 by v, and whether there is a v.
+        rows, size: of R_0, and |R_0| if that is known.
+    """
+
+    bend: Number
+    sure: Number
+    rows: Rows
+    size: Optional[Number]
 
 
 def _steps(count: int, disable: Optional[bool]):
@@ -77,9 +92,11 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         FloatingPointError: the result is not finite; names the first step whose evaluation was not.
     """
     count, start = len(plan.steps), x
-    at = list(sigmas.unbind())
+    at = None if callback is None else sigmas.unbind()
+    form = x.shape, x.dtype, x.device, torch.strided
     # One contiguous copy of the schedule per batch item in x's dtype, so that a step makes no tensor of its own for it.
-    for_model = sigmas.to(x.dtype).to(x.device)[:, None].repeat(1, x.shape[0]).unbind()
+    for_model = sigmas.to(x.dtype, copy=True).to(x.device)[:, None]
+    for_model = (for_model if x.shape[0] == 1 else for_model.repeat(1, x.shape[0])).unbind()
     narrow = x.dtype if x.dtype in HALF else None
     x = x if narrow is None else x.float()
     known = memory or Memory(newest=history[0] if history else None, changes=[a - b for a, b in zip(history, history[1:])])
@@ -97,7 +114,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     for i in _steps(count, disable):
         seen = x if narrow is None else x.to(narrow)
         denoised = model(seen, for_model[i], **extra_args)
-        if not _alike(denoised, x):
+        if not _alike(denoised, form):
             check_tensor_like(f"what the model returns (step {i}, sigma = {plan.sigmas[i]:.6g})", denoised, x)
         if callback is not None:
             callback({"x": seen, "i": i, "sigma": at[i], "sigma_hat": at[i], "denoised": denoised})
@@ -129,6 +146,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
                 trust, far, size = _trust(m, step, by, denoised, changes)
             else:
                 far, size = denoised.sum(dtype=torch.float32), None
+            law = None              # it holds R_0's memory
             sums.append(far)
         if step.last:
             if step.settle is not None:
@@ -137,18 +155,19 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             x = denoised.to(x.dtype)
             continue
         # A state that the callback or the model may hold is left alone.
-        if step.from_base:
-            x = base.mul_(by.x_scale)
+        own = x if step.amend is not None else None
+        if step.pull != 0.0 and narrow is None:     # one operation less
+            x = torch.sub(x, score, alpha=step.pull, out=own)
         else:
-            x = x * by.x_scale if step.amend is None else x.mul_(by.x_scale)
+            x = base.mul_(by.x_scale) if step.from_base else torch.mul(x, by.x_scale, out=own)
+            x.add_(denoised, alpha=step.denoised)
         if shift is not None:
             x.add_(shift(i), alpha=step.x_scale)
-        x.add_(denoised, alpha=step.denoised)
         for change, weight in zip(changes, step.changes):
             x.add_(change, alpha=weight)
         if step.noise != 0.0:
             z = noise(i)
-            if not _alike(z, x):
+            if not _alike(z, form):
                 check_tensor_like(f"what noise_sampler returns (step {i})", z, x)
             x.add_(z, alpha=step.noise)
             del z
@@ -156,7 +175,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
         if excess is not None and step.excess != 0.0:
             lean = excess()
             if lean is not None:
-                if not _alike(lean, x):
+                if not _alike(lean, form):
                     check_tensor_like(f"what excess returns (step {i})", lean, x)
                 by_lean = step.excess * (by.one if free is None else free)
                 m.add_(x, lean, by_lean)
@@ -181,10 +200,9 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
     return out
 
 
-def _alike(value, x: Tensor) -> bool:
+def _alike(value, form: Tuple) -> bool:
     """Whether `check_tensor_like` has nothing to look at: the common case, without its message."""
-    return (isinstance(value, torch.Tensor) and value.dtype == x.dtype and value.shape == x.shape
-            and value.device == x.device and value.layout == torch.strided)
+    return isinstance(value, torch.Tensor) and (value.shape, value.dtype, value.device, value.layout) == form
 
 
 def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
@@ -195,7 +213,7 @@ def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
 def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
              past: List[Optional[Tensor]], turn: float, bent: Sequence[Number], known: Optional[Number],
              lean: Optional[Tensor] = None, by_lean: Number = 0.0, apart: bool = False
-             ) -> Tuple[Tensor, Tensor, Tensor, Number, Tuple[Number, Number], Optional[Number]]:
+             ) -> Tuple[Tensor, Tensor, Tensor, Number, Law, Optional[Number]]:
     """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
     corrected evaluation.
 
@@ -210,28 +228,29 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
         apart: whether the share of R_0 that v does not explain is asked for.
 
     Returns:
-        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, for `_reach` the step's bend by v and whether
-        there is one, and that share, or None.
+        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, what `_reach` goes by, and that share, or None.
     """
-    change = like(changes[0], x)
+    changes[0] = change = like(changes[0], x)
+    rows = m.rows(change)
     score = _score(like(seen, x), denoised, amend.alpha)
-    before, old, inverse, free = past.pop(), None, known, None
+    before, old, inverse, size, free = past.pop(), None, known, None, None
     if amend.measure or known is None:
         if before is None:
             turned = score
         else:
-            old = None if amend.limit is None else length(m, before)
+            old = None if amend.limit is None else m.length(m.rows(before))
             turned = torch.sub(score, before, alpha=turn, out=before)
-        moved = length(m, turned) if apart else None
-        along = measure.total(m, score * change if before is None else turned.mul_(change))
-        size = length(m, change)
+        flat = m.rows(turned)
+        moved = m.length(flat) if apart else None
+        along = m.inner(flat, rows, free=before is not None)
+        size = m.length(rows)
         inverse = measure.inverse_variance(m, by, amend, along, size)
         if apart:
             free = measure.unexplained(m, by, along, moved, size)
-        del turned
-    del before
+        del turned, flat
     sure, weight, by_law, slope = measure.correction(m, by, inverse)
-    found = m.mul(change, weight)
+    found = m.mul(change, weight, out=before)
+    del before
     for part, other in zip(bent, changes[1:]):
         m.add_(found, other, part, -1.0)
     if lean is not None:
@@ -239,35 +258,36 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
     m.add_(score, found, by.one - slope)
     if amend.limit is not None and amend.measure:
         count = math.prod(score.shape[1:])
-        slope = m.minimum(slope, measure.mean_slope(m, amend, count, length(m, score), turn, old))
+        slope = m.minimum(slope, measure.mean_slope(m, amend, count, m.length(m.rows(score)), turn, old))
         m.div_(found, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
-    changes[0] = m.add_(change, found, slope, 1.0 / amend.alpha)
-    denoised = m.add(denoised, found, slope, 1.0 / amend.alpha)
-    return found.add_(x), denoised, score, inverse, (by_law, sure), free
+    if not m.none(slope):
+        m.add_(change, found, slope, 1.0 / amend.alpha)
+        denoised, size = m.add(denoised, found, slope, 1.0 / amend.alpha), None
+    return found.add_(x), denoised, score, inverse, Law(by_law, sure, rows, size), free
 
 
-def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Tuple[Number, Number],
+def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Law,
            before: Optional[Number]) -> Tuple[Number, Number, Number]:
     """The weight on R_0 of a long step's bend, |D_0| and |R_0|.
 
     Args:
-        law: the bend by v, and whether there is a v.
         before: |R_1| if it is known.
     """
-    far, newest = length(m, denoised), m.clamp(length(m, changes[0]), min=TINY)
+    far, newest = m.length(m.rows(denoised)), m.clamp(m.length(law.rows) if law.size is None else law.size, min=TINY)
     along = None
     if step.ratio != 0.0:
+        last = m.rows(changes[1])
         if before is None:
-            before = length(m, changes[1])
+            before = m.length(last)
         if step.common != 1.0:
-            along = measure.inner(m, changes[0], changes[1])
-    return measure.reach(m, by, step, *law, far, newest, before, along), far, newest
+            along = m.inner(law.rows, last)
+    return measure.reach(m, by, step, law.bend, law.sure, far, newest, before, along), far, newest
 
 
 def _trust(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor]) -> Tuple[Number, Number, Number]:
     """The trust in a step's bend, |D_0| and |R_0|."""
-    far, newest = length(m, denoised), m.clamp(length(m, changes[0]), min=TINY)
-    miss = None if step.ratio == 0.0 else length(m, torch.sub(changes[0], changes[1], alpha=step.ratio))
+    far, newest = m.length(m.rows(denoised)), m.clamp(m.length(m.rows(changes[0])), min=TINY)
+    miss = None if step.ratio == 0.0 else m.length(m.rows(torch.sub(changes[0], changes[1], alpha=step.ratio)))
     return measure.trust(m, by, step, far, newest, miss), far, newest
 
 
@@ -284,10 +304,8 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
 
     base: x without the bend of the step before, or None; written over.
     """
-    size = length(TENSORS, changes[0])
-    removed = torch.sub(x, denoised, alpha=settle.alpha).mul_(changes[0])
-    along = measure.total(TENSORS, removed, x.dtype) / settle.alpha
-    del removed
+    size = TENSORS.length(changes[0])
+    along = TENSORS.inner(torch.sub(x, denoised, alpha=settle.alpha), changes[0], free=True) / settle.alpha
     found = torch.zeros_like(denoised)
     for change, weight in zip(changes, settle.changes):
         found.add_(change, alpha=weight)
@@ -295,14 +313,16 @@ def _settled(settle: Settle, x: Tensor, base: Optional[Tensor], denoised: Tensor
         found.add_(torch.sub(base, x, out=base), alpha=1.0 / settle.alpha)
     # J = |v|^2 / <v, D - y> in [0, 1] with v = -slope R_0.
     slope = (settle.slope * size * size / along.clamp(min=TINY)).clamp_(max=1.0) * (along > 0)
-    far = length(TENSORS, found) / (settle.slope * size).clamp_(min=TINY)
+    far = TENSORS.length(found) / (settle.slope * size).clamp_(min=TINY)
     gain = settle.share * slope / (1.0 + far * far)
     return torch.addcmul(denoised, found, gain.to(denoised.dtype), out=found)
 
 
 def _check_finite(x: Tensor, sums: Sequence[Number], plan: Plan, start: Tensor) -> None:
     """The one look at the device, after the last step; only a bad result makes a second one, to name the first cause."""
-    if x.isfinite().all().cpu().numpy():
+    # A sum is not finite where a term is not.  Where it is only too large, the second look finds nothing.
+    if np.isfinite(x.sum(dtype=torch.float32 if x.dtype in HALF else None).cpu().numpy()) or \
+            x.isfinite().all().cpu().numpy():
         return
     if not start.isfinite().all().cpu().numpy():
         raise FloatingPointError(f"x was not finite at the start, sigma = {plan.sigmas[0]:.6g}")

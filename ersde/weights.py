@@ -422,6 +422,8 @@ class Step:
         long: whether the step goes by the variance of the data.
         reach: the weight on R_0 of the bend of a long step after a long step; `bend` is then its line alone.
         excess: the weight on A, what guidance adds to the conditional evaluation, of a long step's bend.
+        pull: the weight w of x_scale x + denoised D_0 = x - w (x - alpha D_0), where there is a score and alpha stays as it
+            is; else 0.
     """
 
     x_scale: float
@@ -440,6 +442,7 @@ class Step:
     long: bool = False
     reach: Optional[Curve] = None
     excess: float = 0.0
+    pull: float = 0.0
 
     @property
     def evaluations(self) -> Tuple[Tuple[int, float], ...]:
@@ -464,6 +467,11 @@ class Plan:
     steps: Tuple[Step, ...]
     orders: Tuple[int, ...]
     history: int
+
+    @functools.cached_property
+    def extent(self) -> Tuple[float, float]:
+        """The smallest sigma above 0, and the largest sigma or deviation of a step's noise."""
+        return float(self.sigmas[self.sigmas > 0].min()), max(float(self.sigmas.max()), *(step.noise for step in self.steps))
 
 
 # Steps up to this log length are at full trust, so that the order of convergence is the polynomials'.  Not longer ones: with
@@ -575,8 +583,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
             for e, w in correction.weights.items():
                 weights[e] = weights.get(e, 0.0) + x_scale * alpha[i] * w
         denoised, changes = _changes(weights, now)
+        pull = denoised / alpha[i] if score is not None and correction is None and alpha[i] == alpha[i + 1] else 0.0
         steps.append(Step(x_scale, denoised, changes, noise, bends, *past, correction is not None and correction.from_base,
-                          amend=amend, score=score, long=long, reach=reach, excess=excess))
+                          amend=amend, score=score, long=long, reach=reach, excess=excess, pull=pull))
         orders.append(max(used, 2) if reach else used)
         # The evaluation that corrects a step is the next step's.
         correction = rule.correct(row[i]) if i in row and i + 1 < n else None

@@ -128,12 +128,13 @@ def test_full_trust_is_the_plan_that_does_not_adapt(monkeypatch):
 @pytest.mark.parametrize("process, schedule", [("ve", karras), ("flow", flow_schedule)])
 @pytest.mark.parametrize("kw", [{}, {"eta": 1.0, "noise_scale": "sde_5"}, {"order": 1}, {"order": 4, "corrector": False}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_a_picture_of_a_batch_is_the_picture_alone(process, schedule, kw, dtype, monkeypatch):
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 4, 8)])       # the second in whole cache lines
+def test_a_picture_of_a_batch_is_the_picture_alone(process, schedule, kw, dtype, shape, monkeypatch):
     """Bit for bit on the CPU, whose numbers are floats; to rounding with those of a device, which are tensors."""
     model = lambda x, sigma: torch.tanh(x.flip(-1) / (0.3 + sigma.reshape(-1, 1, 1, 1)))
     for steps in (2, 3, 4, 6, 10, 16):
         sigmas = schedule(steps).to(dtype)
-        start = (torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(steps)) * sigmas[0].float()).to(dtype)
+        start = (torch.randn(3, *shape, generator=torch.Generator().manual_seed(steps)) * sigmas[0].float()).to(dtype)
         run = lambda x: ersde.sample_er_sde(model, x, sigmas, disable=True, process=process,
                                             noise_sampler=lambda s, t: torch.ones_like(x), **{"eta": 0.0, **kw})
         both = run(start)
@@ -141,6 +142,44 @@ def test_a_picture_of_a_batch_is_the_picture_alone(process, schedule, kw, dtype,
         with monkeypatch.context() as patch:
             patch.setattr(measure, "kind", lambda x: measure.TENSORS)
             torch.testing.assert_close(run(start), both, rtol=0, atol=200 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kw", [{}, {"eta": 1.0, "noise_scale": "sde_5"}])
+def test_a_long_step_is_the_same_with_an_operation_less(kw):
+    """x - w (x - alpha D) of `Step.pull` is x_scale x + denoised D; where alpha changes there is none."""
+    model = gaussian(0.5, 0.3)
+    x = model.start(3, 14.6, torch.Generator().manual_seed(0))
+    scale, eta = kw.get("noise_scale", "ode"), kw.get("eta", 0.0)
+    made = plan(karras(8), scale=scale, eta=eta)
+    assert all(step.pull for step in made.steps[1:-2])
+    for step in made.steps:
+        assert step.pull == 0.0 or step.pull == pytest.approx(step.denoised) == pytest.approx(1.0 - step.x_scale)
+    plain = dataclasses.replace(made, steps=tuple(dataclasses.replace(step, pull=0.0) for step in made.steps))
+    out = [run(one, model, x, karras(8), lambda i: torch.full_like(x, 0.1 * i), {}, None, True) for one in (made, plain)]
+    torch.testing.assert_close(*out, rtol=1e-12, atol=1e-12)
+    assert not any(step.pull for step in plan(flow_schedule(8), "flow", scale, eta).steps)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_adds_nothing_is_left_out(batch, monkeypatch):
+    """Steps without a variance are the same, bit for bit, as with the additions of 0 that they leave out."""
+    model = lambda x, sigma: torch.tanh(x.flip(-1) / (0.3 + sigma.reshape(-1, 1, 1, 1))) - 0.1 * x
+    x = 14.6 * torch.randn(batch, 2, 4, 8, generator=torch.Generator().manual_seed(2))
+    asked, out, reach = [], [], solver._reach
+
+    def spy(m, step, by, denoised, changes, law, before):
+        found = reach(m, step, by, denoised, changes, law, before)
+        for length, value in zip(found[1:], (denoised, changes[0])):
+            assert np.ravel(length) == pytest.approx(value.flatten(1).double().norm(dim=1).numpy(), rel=1e-5)
+        return found
+
+    monkeypatch.setattr(solver, "_reach", spy)
+    for answer in (lambda self, weight: asked.append(bool(np.all(weight == 0.0))) or asked[-1], lambda self, weight: False):
+        monkeypatch.setattr(measure.Floats, "none", answer)
+        monkeypatch.setattr(measure.Arrays, "none", answer)
+        out.append(ersde.sample_er_sde(model, x, karras(12).float(), disable=True, process="ve", eta=0.0))
+    assert any(asked) and not all(asked)
+    assert torch.equal(*out)
 
 
 def exponential(steps):
@@ -515,7 +554,7 @@ def test_without_a_variance_the_bend_is_the_lines_and_fades(common):
     before = torch.tensor([[0.1, 0.0], [1.6, 1.2], [-16.0, -12.0], [20.0, 0.0]], dtype=torch.float64)
     inverse = torch.tensor([[0.0], [0.0], [0.0], [1e9]], dtype=torch.float64)
     sure, _, by_law, _ = measure.correction(measure.TENSORS, by(step), inverse)
-    law = by_law, sure
+    law = solver.Law(by_law, sure, newest, None)
     weight, size, length = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)
     line = 0.4 / (1.0 + 0.25)
     assert size.flatten().tolist() == [2.0] * 4 and length.flatten().tolist() == [1.0] * 4
@@ -530,8 +569,10 @@ def test_without_a_variance_the_bend_is_the_lines_and_fades(common):
     for i in range(4):
         sure, _, by_law, _ = measure.correction(m, floats, inverse[i].item())
         one = [value[i:i + 1] for value in (denoised, newest, before)]
-        assert solver._reach(m, step, floats, one[0], one[1:], (by_law, sure), None) == pytest.approx(
-            (weight[i].item(), 2.0, 1.0), rel=1e-14)
+        alone = solver.Law(by_law, sure, m.rows(one[1]), None)
+        for law_of in (alone, alone._replace(size=1.0)):        # |R_0| is measured, or known
+            assert solver._reach(m, step, floats, one[0], one[1:], law_of, None) == pytest.approx(
+                (weight[i].item(), 2.0, 1.0), rel=1e-14)
     step = dataclasses.replace(step, bend=(0.1,))
     found = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)[0]
     assert found[3].item() == pytest.approx(0.3 * 0.8, rel=1e-6)

@@ -302,6 +302,12 @@ def test_a_model_that_returns_its_own_x_or_a_view_of_it():
         assert (x == 9.0).all()
 
 
+def test_a_result_whose_sum_is_infinite_is_finite():
+    big = lambda x, sigma: torch.full_like(x, 1e38)
+    out = ersde.sample_er_sde(big, torch.ones(2, 40), karras(3).float(), disable=True, noise_scale="ode")
+    assert (out == 1e38).all() and out.sum().isinf()
+
+
 def test_a_state_that_is_not_finite_is_named():
     for bad in (math.nan, math.inf):
         x = torch.full((2, 4), 9.0)

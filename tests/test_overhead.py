@@ -48,13 +48,10 @@ def test_long_steps_measure_their_trust_without_a_read_back():
 
 
 def test_long_steps_take_few_operations():
-    """All 10 steps are long, and measure the variance of the data: fewer operations than the host's own er_sde, 72.
-
-    Three of them are what tells how far the last change was foreseen.
-    """
+    """All 10 steps are long, and measure the variance of the data: fewer operations than the host's own er_sde, 72."""
     operations(10)                      # the plan is made once
     found = operations(10)
-    assert found["operations"] <= 38
+    assert found["operations"] <= 21
     assert found["read_backs"] == 0
 
 
@@ -63,7 +60,7 @@ def test_the_numbers_of_a_device_stay_there(monkeypatch):
     monkeypatch.setattr(measure, "kind", lambda x: measure.TENSORS)
     operations(10)
     found = operations(10)
-    assert found["operations"] <= 50
+    assert found["operations"] <= 49
     assert found["read_backs"] == 0
 
 
@@ -113,7 +110,7 @@ def test_the_counter_sees_a_read_back():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
-@pytest.mark.parametrize("steps", [6, 10, 20, 50])
+@pytest.mark.parametrize("steps", [6, 10, 14, 20, 50])
 @pytest.mark.parametrize("kw", [{}, {"eta": 0.0}, {"corrector": False}, {"s_noise": 0.0}], ids=str)
 def test_memory(steps, order, kw):
     """Whatever passes between the model calls: at most x, the noise, the history and one tensor more, at any time.
