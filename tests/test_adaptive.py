@@ -371,7 +371,7 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
     change = torch.randn(2, 16, dtype=torch.float64)
     changes = [change.clone()]
     out, denoised, _, inverse, *_ = amended(measure.TENSORS, amend, numbers, x, x, -0.2 * x, changes, [100.0 * change],
-                                             1.0 / amend.factor, (), None)
+                                            1.0 / amend.factor, (), None)
     assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
     torch.testing.assert_close(out - x, change * at(curve, 0.5))
 
@@ -480,8 +480,8 @@ def test_the_last_correction_counts_what_it_does_to_itself(std, k):
     for used, factor in ((amend, 1.0), (last, 1.0 - k * j ** 3)):
         numbers = by(Step(1.0, 0.0, (), 0.0, amend=used))
         out, denoised, _, inverse, *_ = amended(measure.TENSORS, used, numbers, x, x, j * x, [change.clone()],
-                                                 [before.clone()],
-                                                 1.0 / used.factor, (), None)
+                                                [before.clone()],
+                                                1.0 / used.factor, (), None)
         torch.testing.assert_close(inverse, torch.full_like(inverse, 1.0 / v))
         torch.testing.assert_close(out - x, k * change / factor)
         torch.testing.assert_close(denoised - j * x, j * k * change / factor)
