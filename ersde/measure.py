@@ -70,17 +70,9 @@ class Tensors:
         """x += value * weight * change"""
         return x.addcmul_(like(change, x), like(weight, x), value=value)
 
-    def add(self, x: Tensor, change: Tensor, weight: Number, value: float = 1.0) -> Tensor:
-        """x + value * weight * change, of change's dtype"""
-        return torch.addcmul(like(x, change), change, like(weight, change), value=value)
-
-    def mul(self, x: Tensor, weight: Number, out: Optional[Tensor] = None) -> Tensor:
-        """x * weight, in the memory of `out` where there is one"""
-        return torch.mul(x, weight, out=out)
-
-    def div_(self, x: Tensor, weight: Number) -> Tensor:
-        """x /= weight"""
-        return x.div_(weight)
+    def add(self, x: Tensor, change: Tensor, weight: Number, value: float = 1.0, out: Optional[Tensor] = None) -> Tensor:
+        """x + value * weight * change, of change's dtype, in the memory of `out` where there is one"""
+        return torch.addcmul(like(x, change), change, like(weight, change), value=value, out=out)
 
 
 def _float_div(a: float, b: float) -> float:
@@ -151,14 +143,8 @@ class Floats:
     def add_(self, x, change, weight, value=1.0):
         return x.addcmul_(like(change, x), self._held(weight, value))
 
-    def add(self, x, change, weight, value=1.0):
-        return torch.addcmul(like(x, change), change, self._held(weight, value))
-
-    def mul(self, x, weight, out=None):
-        return torch.mul(x, self._held(weight), out=out)
-
-    def div_(self, x, weight):
-        return x.div_(self._held(weight))
+    def add(self, x, change, weight, value=1.0, out=None):
+        return torch.addcmul(like(x, change), change, self._held(weight, value), out=out)
 
 
 class Arrays(Floats):
@@ -313,6 +299,13 @@ def mean_slope(m: Kind, amend: Amend, count: int, now: Number, turn: float, old:
     # v = room / gain; both are not negative at once.
     room = m.clamp(room, min=0.0)
     return m.div(room, m.clamp(room + m.clamp(gain, min=0.0) * level, min=TINY))
+
+
+def apart(m: Kind, ratio: float, size: Number, last: Number, along: Number) -> Number:
+    """|R_0 - ratio R_1| from |R_0|, |R_1| and <R_0, R_1>: where it is small for rounding to count, it makes no difference to
+    the trust."""
+    last = ratio * last
+    return m.sqrt(m.clamp(size * size + last * last - 2.0 * ratio * along, min=0.0))
 
 
 def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number,

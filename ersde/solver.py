@@ -129,21 +129,23 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             del changes[kept - 1:]
             changes.insert(0, denoised - newest)
         newest = None
-        step, by, trust, reach, free = now.steps[i - first], by_step[i - first], None, None, None
+        step, by, trust, reach, free, spare = now.steps[i - first], by_step[i - first], None, None, None, None
         with m.quiet():
+            at_hand = _score(step, like(seen, x), denoised)
+            lost = None if narrow is None or step.hold is None else x - seen    # to rounding, for the model
+            del seen                # or the old state would outlive the new one
             if step.amend is not None:
                 before, score, turn, factor = [score], None, factor / step.amend.factor, step.amend.factor
-                x, denoised, score, inverse, law, free = _amended(m, step.amend, by, x, seen, denoised, changes, before,
-                                                                  turn, bent, inverse, lean, by_lean,
-                                                                  excess is not None and step.excess != 0.0)
+                denoised, inverse, law, free, spare = _amended(
+                    m, step.amend, by, at_hand, denoised, changes, before, turn, bent, inverse, lean, by_lean,
+                    excess is not None and step.excess != 0.0)
             elif step.score is not None:
-                score, factor = _score(like(seen, x), denoised, step.score[0]), step.score[1]
-            newest, bent, lean, score = denoised, (), None, score if step.score is not None else None
-            del seen                # or the old state would outlive the new one
+                factor = step.score[1]
+            newest, bent, lean, score = denoised, (), None, at_hand if step.score is not None else None
             if step.reach is not None:
                 reach, far, size = _reach(m, step, by, denoised, changes, law, size)
             elif step.bend:
-                trust, far, size = _trust(m, step, by, denoised, changes)
+                trust, far, size = _trust(m, step, by, denoised, changes, size)
             else:
                 far, size = denoised.sum(dtype=torch.float32), None
             law = None              # it holds R_0's memory
@@ -154,13 +156,16 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
                 denoised = _settled(step.settle, x, own, denoised, changes)
             x = denoised.to(x.dtype)
             continue
-        # A state that the callback or the model may hold is left alone.
-        own = x if step.amend is not None else None
-        if step.pull != 0.0 and narrow is None:     # one operation less
-            x = torch.sub(x, score, alpha=step.pull, out=own)
-        else:
-            x = base.mul_(by.x_scale) if step.from_base else torch.mul(x, by.x_scale, out=own)
+        if step.hold is None:
+            x = base.mul_(by.x_scale) if step.from_base else torch.mul(x, by.x_scale)
             x.add_(denoised, alpha=step.denoised)
+        elif step.hold == 1.0 and narrow is None:
+            x = torch.add(denoised, at_hand, alpha=step.x_scale, out=spare)
+        else:
+            x = torch.mul(at_hand, by.x_scale, out=spare).add_(denoised, alpha=step.hold)
+            if lost is not None:
+                x.add_(lost, alpha=step.x_scale)
+        del at_hand, spare, lost
         if shift is not None:
             x.add_(shift(i), alpha=step.x_scale)
         for change, weight in zip(changes, step.changes):
@@ -205,22 +210,23 @@ def _alike(value, form: Tuple) -> bool:
     return isinstance(value, torch.Tensor) and (value.shape, value.dtype, value.device, value.layout) == form
 
 
-def _score(x: Tensor, denoised: Tensor, alpha: float) -> Tensor:
-    """alpha lambda^2 e of the state x = alpha y, e = (y - D) / lambda^2: its factor is left to where e is used."""
-    return torch.sub(x, like(denoised, x), alpha=alpha)
+def _score(step: Step, x: Tensor, denoised: Tensor) -> Optional[Tensor]:
+    """x - alpha D = alpha lambda^2 e of the state x = alpha y that the model saw, e = (y - D) / lambda^2, or None where the
+    step needs none: e's factor is left to where e is used."""
+    alpha = step.amend.alpha if step.amend is not None else step.score[0] if step.score is not None else None
+    return None if alpha is None else torch.sub(x, like(denoised, x), alpha=alpha)
 
 
-def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denoised: Tensor, changes: List[Tensor],
+def _amended(m: Kind, amend: Amend, by: Numbers, score: Tensor, denoised: Tensor, changes: List[Tensor],
              past: List[Optional[Tensor]], turn: float, bent: Sequence[Number], known: Optional[Number],
              lean: Optional[Tensor] = None, by_lean: Number = 0.0, apart: bool = False
-             ) -> Tuple[Tensor, Tensor, Tensor, Number, Law, Optional[Number]]:
-    """The state and the evaluation after the correction of a long step, see `Amend`; R_0 in `changes` becomes that of the
-    corrected evaluation.
+             ) -> Tuple[Tensor, Number, Law, Optional[Number], Optional[Tensor]]:
+    """The evaluation after the correction of a long step, see `Amend`; in `changes`, R_0 becomes that of the corrected
+    evaluation, and `score` becomes that of the corrected state, which is score + alpha D.
 
     Args:
-        m: the run's kind of numbers, see `ersde.measure.kind`; `by` has the step's in it.
-        seen: the state that the model saw, x but for rounding, which counts where lambda is small.
-        past: `_score` of the step's start, its only holder, which is emptied; None for 0, at lambda = infinity.
+        score: see `_score`.
+        past: that of the step's start, its only holder, which is emptied; None for 0, at lambda = infinity.
         turn: its 1 / (alpha lambda^2) over that of now.
         bent: the weights of its bend on R_1, R_2, ... of now.
         known: 1 / v of the step before, where there is one.
@@ -228,11 +234,11 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
         apart: whether the share of R_0 that v does not explain is asked for.
 
     Returns:
-        x, D, `_score` of both, 1 / v of each picture, 0 where there is none, what `_reach` goes by, and that share, or None.
+        D, 1 / v of each picture, 0 where there is none, what `_reach` goes by, that share, or None, and memory that is free,
+        or None.
     """
-    changes[0] = change = like(changes[0], x)
+    changes[0] = change = like(changes[0], score)
     rows = m.rows(change)
-    score = _score(like(seen, x), denoised, amend.alpha)
     before, old, inverse, size, free = past.pop(), None, known, None, None
     if amend.measure or known is None:
         if before is None:
@@ -249,21 +255,21 @@ def _amended(m: Kind, amend: Amend, by: Numbers, x: Tensor, seen: Tensor, denois
             free = measure.unexplained(m, by, along, moved, size)
         del turned, flat
     sure, weight, by_law, slope = measure.correction(m, by, inverse)
-    found = m.mul(change, weight, out=before)
-    del before
-    for part, other in zip(bent, changes[1:]):
-        m.add_(found, other, part, -1.0)
-    if lean is not None:
-        m.add_(found, lean, by_lean, -1.0)
-    m.add_(score, found, by.one - slope)
+    # E over its weight: R_0 less what the step had of it already.
+    found = change
+    for part, other in (*zip(bent, changes[1:]), *(() if lean is None else ((by_lean, lean),))):
+        found = m.add(found, other, m.div(part, weight), -1.0, out=before if found is change else found)
+    spare = before if found is change else found
+    m.add_(score, found, weight * (by.one - slope))
     if amend.limit is not None and amend.measure:
         count = math.prod(score.shape[1:])
         slope = m.minimum(slope, measure.mean_slope(m, amend, count, m.length(m.rows(score)), turn, old))
-        m.div_(found, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
+        slope = m.div(slope, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
     if not m.none(slope):
-        m.add_(change, found, slope, 1.0 / amend.alpha)
-        denoised, size = m.add(denoised, found, slope, 1.0 / amend.alpha), None
-    return found.add_(x), denoised, score, inverse, Law(by_law, sure, rows, size), free
+        gain = weight * slope / amend.alpha
+        denoised, size = m.add(denoised, found, gain), None
+        m.add_(change, found, gain)
+    return denoised, inverse, Law(by_law, sure, rows, size), free, spare
 
 
 def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Law,
@@ -284,10 +290,16 @@ def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence
     return measure.reach(m, by, step, law.bend, law.sure, far, newest, before, along), far, newest
 
 
-def _trust(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor]) -> Tuple[Number, Number, Number]:
-    """The trust in a step's bend, |D_0| and |R_0|."""
-    far, newest = m.length(m.rows(denoised)), m.clamp(m.length(m.rows(changes[0])), min=TINY)
-    miss = None if step.ratio == 0.0 else m.length(m.rows(torch.sub(changes[0], changes[1], alpha=step.ratio)))
+def _trust(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], before: Optional[Number]
+           ) -> Tuple[Number, Number, Number]:
+    """The trust in a step's bend, |D_0| and |R_0|; `before` is |R_1| if it is known."""
+    rows = m.rows(changes[0])
+    far, newest, miss = m.length(m.rows(denoised)), m.clamp(m.length(rows), min=TINY), None
+    if step.ratio != 0.0 and m.floats:
+        last = m.rows(changes[1])
+        miss = measure.apart(m, step.ratio, newest, m.length(last) if before is None else before, m.inner(rows, last))
+    elif step.ratio != 0.0:
+        miss = m.length(m.rows(torch.sub(changes[0], changes[1], alpha=step.ratio)))
     return measure.trust(m, by, step, far, newest, miss), far, newest
 
 

@@ -422,8 +422,8 @@ class Step:
         long: whether the step goes by the variance of the data.
         reach: the weight on R_0 of the bend of a long step after a long step; `bend` is then its line alone.
         excess: the weight on A, what guidance adds to the conditional evaluation, of a long step's bend.
-        pull: the weight w of x_scale x + denoised D_0 = x - w (x - alpha D_0), where there is a score and alpha stays as it
-            is; else 0.
+        hold: alpha_t of x_scale x + denoised D_0 = x_scale (x - alpha_s D_0) + alpha_t D_0, where x - alpha_s D_0 is made
+            anyway, for `amend` or `score`, and no correction is merged in; else None.
     """
 
     x_scale: float
@@ -442,7 +442,7 @@ class Step:
     long: bool = False
     reach: Optional[Curve] = None
     excess: float = 0.0
-    pull: float = 0.0
+    hold: Optional[float] = None
 
     @property
     def evaluations(self) -> Tuple[Tuple[int, float], ...]:
@@ -583,9 +583,9 @@ def make_plan(sigmas: np.ndarray, process: Process, scale: NoiseScale, eta: np.n
             for e, w in correction.weights.items():
                 weights[e] = weights.get(e, 0.0) + x_scale * alpha[i] * w
         denoised, changes = _changes(weights, now)
-        pull = denoised / alpha[i] if score is not None and correction is None and alpha[i] == alpha[i + 1] else 0.0
+        hold = alpha[i + 1] if correction is None and (amend is not None or score is not None) else None
         steps.append(Step(x_scale, denoised, changes, noise, bends, *past, correction is not None and correction.from_base,
-                          amend=amend, score=score, long=long, reach=reach, excess=excess, pull=pull))
+                          amend=amend, score=score, long=long, reach=reach, excess=excess, hold=hold))
         orders.append(max(used, 2) if reach else used)
         # The evaluation that corrects a step is the next step's.
         correction = rule.correct(row[i]) if i in row and i + 1 < n else None

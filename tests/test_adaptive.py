@@ -34,11 +34,12 @@ def trust(denoised, newest, before, ratio=1.0, fresh=0.0):
     step = Step(1.0, 0.0, (), 0.0, ratio=ratio, fresh=fresh)
     as_tensor = lambda v: torch.tensor([v], dtype=torch.float64)
     d, changes = as_tensor(denoised), [as_tensor(newest), as_tensor(before)]
-    found = _trust(measure.TENSORS, step, by(step), d, changes)[0].item()
+    found = _trust(measure.TENSORS, step, by(step), d, changes, None)[0].item()
     for m in (measure.Floats(d), measure.Arrays(d)):
-        with m.quiet():
-            value = np.squeeze(_trust(m, step, by(step, floats=True), d, changes)[0])
-        assert float(value) == pytest.approx(found, rel=1e-14, abs=1e-14)
+        for known in (None, np.linalg.norm(before)):
+            with m.quiet():
+                value = np.squeeze(_trust(m, step, by(step, floats=True), d, changes, known)[0])
+            assert float(value) == pytest.approx(found, rel=1e-14, abs=1e-14)
     return found
 
 
@@ -144,20 +145,24 @@ def test_a_picture_of_a_batch_is_the_picture_alone(process, schedule, kw, dtype,
             torch.testing.assert_close(run(start), both, rtol=0, atol=200 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("kw", [{}, {"eta": 1.0, "noise_scale": "sde_5"}])
-def test_a_long_step_is_the_same_with_an_operation_less(kw):
-    """x - w (x - alpha D) of `Step.pull` is x_scale x + denoised D; where alpha changes there is none."""
-    model = gaussian(0.5, 0.3)
-    x = model.start(3, 14.6, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("process, sigmas", [("ve", karras(8)), ("flow", flow_schedule(8))])
+@pytest.mark.parametrize("kw", [{}, {"eta": 1.0, "noise_scale": "sde_5"}], ids=str)
+def test_a_step_from_the_score_is_the_step_from_the_state(process, sigmas, kw):
+    """x_scale (x - alpha_s D) + alpha_t D of `Step.hold` is x_scale x + denoised D."""
     scale, eta = kw.get("noise_scale", "ode"), kw.get("eta", 0.0)
-    made = plan(karras(8), scale=scale, eta=eta)
-    assert all(step.pull for step in made.steps[1:-2])
-    for step in made.steps:
-        assert step.pull == 0.0 or step.pull == pytest.approx(step.denoised) == pytest.approx(1.0 - step.x_scale)
-    plain = dataclasses.replace(made, steps=tuple(dataclasses.replace(step, pull=0.0) for step in made.steps))
-    out = [run(one, model, x, karras(8), lambda i: torch.full_like(x, 0.1 * i), {}, None, True) for one in (made, plain)]
+    made, alpha = plan(sigmas, process, scale, eta), get_process(process).alpha(sigmas.numpy())
+    assert all(step.hold for step in made.steps[1:-2])
+    for step, start, end in zip(made.steps, alpha, alpha[1:]):
+        if step.hold is not None:
+            assert step.hold == end and step.denoised == pytest.approx(end - step.x_scale * start, abs=1e-15)
+            assert step.amend is None or step.amend.alpha == start
+            assert step.score is None or step.score[0] == start
+    last = dataclasses.replace(made.steps[0], hold=None)     # as the corrected state is nowhere else at hand
+    model = gaussian(0.5, 0.3, process=process)
+    x = model.start(3, sigmas[0].item(), torch.Generator().manual_seed(0))
+    out = [run(one, model, x, sigmas, lambda i: torch.full_like(x, 0.1 * i), {}, None, True)
+           for one in (made, dataclasses.replace(made, steps=(last, *made.steps[1:])))]
     torch.testing.assert_close(*out, rtol=1e-12, atol=1e-12)
-    assert not any(step.pull for step in plan(flow_schedule(8), "flow", scale, eta).steps)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -336,7 +341,7 @@ def measured(model, x, sigmas, **kw):
 
     def spy(m, amend, *args):
         out = amended(m, amend, *args)
-        found.append(torch.as_tensor(out[3]))
+        found.append(torch.as_tensor(out[1]))
         return out
 
     with pytest.MonkeyPatch.context() as patch:
@@ -370,10 +375,11 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
     numbers = by(Step(1.0, 0.0, (), 0.0, amend=amend))
     change = torch.randn(2, 16, dtype=torch.float64)
     changes = [change.clone()]
-    out, denoised, _, inverse, *_ = amended(measure.TENSORS, amend, numbers, x, x, -0.2 * x, changes, [100.0 * change],
-                                            1.0 / amend.factor, (), None)
+    score = 1.2 * x
+    denoised, inverse, *_ = amended(measure.TENSORS, amend, numbers, score, -0.2 * x, changes, [100.0 * change],
+                                    1.0 / amend.factor, (), None)
     assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
-    torch.testing.assert_close(out - x, change * at(curve, 0.5))
+    torch.testing.assert_close(score + denoised - x, change * at(curve, 0.5))
 
 
 @pytest.mark.parametrize("process, sigmas", LONG)
@@ -479,11 +485,12 @@ def test_the_last_correction_counts_what_it_does_to_itself(std, k):
     last = dataclasses.replace(amend, limit=Limit(1e9, 1.0, 0.0))        # room without end: no limit
     for used, factor in ((amend, 1.0), (last, 1.0 - k * j ** 3)):
         numbers = by(Step(1.0, 0.0, (), 0.0, amend=used))
-        out, denoised, _, inverse, *_ = amended(measure.TENSORS, used, numbers, x, x, j * x, [change.clone()],
-                                                [before.clone()],
-                                                1.0 / used.factor, (), None)
+        score = x - j * x
+        denoised, inverse, *_ = amended(measure.TENSORS, used, numbers, score, j * x, [change.clone()], [before.clone()],
+                                        1.0 / used.factor, (), None)
         torch.testing.assert_close(inverse, torch.full_like(inverse, 1.0 / v))
-        torch.testing.assert_close(out - x, k * change / factor)
+        if used is amend:
+            torch.testing.assert_close(score + denoised - x, k * change)
         torch.testing.assert_close(denoised - j * x, j * k * change / factor)
 
 
@@ -593,8 +600,12 @@ def test_the_evaluation_follows_the_correction(process, std):
     seen = []
 
     def spy(m, amend, *args):
+        score, raw, slope = args[1].clone(), args[2], std ** 2 / (std ** 2 + amend.level)
         out = amended(m, amend, *args)
-        seen.append((out[0].clone(), out[1], args[3]))
+        found = (args[1] - score) / (1.0 - slope)
+        if amend.limit is not None:
+            found /= 1.0 - at(amend.curve, std ** 2) * slope ** 3 / amend.alpha
+        seen.append((score + amend.alpha * raw + found, out[0], raw))
         return out
 
     with pytest.MonkeyPatch.context() as patch:

@@ -213,11 +213,14 @@ def test_the_correction_takes_the_bend_of_the_excess_back():
     alone = dataclasses.replace(plan("ve", SCHEDULES["ve"]), steps=(Step(1.0, 0.0, (), 0.0, amend=amend),))
     numbers = measure.numbers(alone, 2, x.dtype, x.device)[0]
     known = torch.full((2, 1), 2.0, dtype=torch.float64)
-    go = lambda x, *lean: amended(measure.TENSORS, amend, numbers, x, x, denoised, [change.clone()], [None], 1.0, (), known,
-                                  *lean)
-    with_it, without = go(x - 0.2 * extra, extra, torch.tensor(-0.2)), go(x)
-    torch.testing.assert_close(with_it[0], without[0])
-    assert not torch.allclose(go(x - 0.2 * extra)[0], without[0])
+
+    def corrected(x, *lean):
+        score = x - denoised
+        return amended(measure.TENSORS, amend, numbers, score, denoised, [change.clone()], [None], 1.0, (), known, *lean)[0] + score
+
+    with_it, without = corrected(x - 0.2 * extra, extra, torch.tensor(-0.2)), corrected(x)
+    torch.testing.assert_close(with_it, without)
+    assert not torch.allclose(corrected(x - 0.2 * extra), without)
 
 
 def test_what_is_wrong_with_it_is_one_sentence():
