@@ -86,7 +86,8 @@ class Floats:
     the CPU is done at once.
 
     Attributes:
-        weight: that tensor, shape (batch, 1, ...), of the state's dtype.
+        dtype: the state's.
+        weight: that tensor, shape (batch, 1, ...).
         cell: numpy's view of its numbers.
         sums: the other, a tensor per picture.
         found: numpy's view of all of them, of weight's shape.
@@ -105,8 +106,11 @@ class Floats:
     floats = True
 
     def __init__(self, x: Tensor):
-        self.weight, sums = torch.zeros((2, x.shape[0], *(1,) * (x.ndim - 1)), dtype=x.dtype, device="cpu").unbind()
-        self.cell, self.found, self.sums = self.weight.numpy().reshape(-1), sums.numpy(), sums.view(-1).unbind()
+        self.dtype, batch = x.dtype, x.shape[0]
+        self.cell, found = np.zeros((2, batch), np.float64 if x.dtype == torch.float64 else np.float32)
+        shape = (batch, *(1,) * (x.ndim - 1))
+        self.weight, self.found = torch.from_numpy(self.cell).view(shape), found.reshape(shape)
+        self.sums = torch.from_numpy(found).unbind()
         self.count = math.prod(x.shape[1:])
         self.lined = self.count * x.element_size() % 64 == 0
 
@@ -114,18 +118,17 @@ class Floats:
         return _AS_IT_IS
 
     def rows(self, x):
-        return (like(x, self.weight).reshape(-1),)
-
-    def _read(self) -> Number:
-        return self.found.item()
+        return (x if x.dtype is self.dtype else x.to(self.dtype)).reshape(-1)
 
     def inner(self, x, y, free=False):
-        for a, b, out in zip(x, y, self.sums):
-            if self.lined:
-                torch.dot(a, b, out=out)
-            else:
-                torch.sum(a * b, 0, out=out)
-        return self._read()
+        self._sum(x, y, self.sums[0])
+        return self.found.item()
+
+    def _sum(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        if self.lined:
+            torch.dot(x, y, out=out)
+        else:
+            torch.sum(x * y, 0, out=out)
 
     def length(self, x):
         return self.sqrt(self.inner(x, x))
@@ -160,7 +163,9 @@ class Arrays(Floats):
     def rows(self, x):
         return like(x, self.weight).reshape(-1, self.count).unbind() if self.count else ()
 
-    def _read(self):
+    def inner(self, x, y, free=False):
+        for a, b, out in zip(x, y, self.sums):
+            self._sum(a, b, out)
         return self.found.astype(np.float64)
 
     def _held(self, weight, value=1.0):

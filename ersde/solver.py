@@ -260,15 +260,15 @@ def _amended(m: Kind, amend: Amend, by: Numbers, score: Tensor, denoised: Tensor
     for part, other in (*zip(bent, changes[1:]), *(() if lean is None else ((by_lean, lean),))):
         found = m.add(found, other, m.div(part, weight), -1.0, out=before if found is change else found)
     spare = before if found is change else found
-    m.add_(score, found, weight * (by.one - slope))
+    gain = weight * slope
+    m.add_(score, found, weight - gain)
     if amend.limit is not None and amend.measure:
         count = math.prod(score.shape[1:])
         slope = m.minimum(slope, measure.mean_slope(m, amend, count, m.length(m.rows(score)), turn, old))
-        slope = m.div(slope, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
-    if not m.none(slope):
-        gain = weight * slope / amend.alpha
-        denoised, size = m.add(denoised, found, gain), None
-        m.add_(change, found, gain)
+        gain = m.div(weight * slope, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
+    if not m.none(gain):
+        denoised, size = m.add(denoised, found, gain, 1.0 / amend.alpha), None
+        m.add_(change, found, gain, 1.0 / amend.alpha)
     return denoised, inverse, Law(by_law, sure, rows, size), free, spare
 
 

@@ -600,12 +600,13 @@ def test_the_evaluation_follows_the_correction(process, std):
     seen = []
 
     def spy(m, amend, *args):
-        score, raw, slope = args[1].clone(), args[2], std ** 2 / (std ** 2 + amend.level)
+        _, score, raw, changes, _, _, bent, *_ = args
+        start, change, slope = score + amend.alpha * raw, changes[0].clone(), std ** 2 / (std ** 2 + amend.level)
         out = amended(m, amend, *args)
-        found = (args[1] - score) / (1.0 - slope)
+        found = at(amend.curve, 1.0 / out[1]) * change - sum(part * other for part, other in zip(bent, changes[1:]))
         if amend.limit is not None:
             found /= 1.0 - at(amend.curve, std ** 2) * slope ** 3 / amend.alpha
-        seen.append((score + amend.alpha * raw + found, out[0], raw))
+        seen.append((start + found, out[0], raw))
         return out
 
     with pytest.MonkeyPatch.context() as patch:
