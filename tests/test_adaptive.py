@@ -603,9 +603,10 @@ def test_the_evaluation_follows_the_correction(process, std):
         _, score, raw, changes, _, _, bent, *_ = args
         start, change, slope = score + amend.alpha * raw, changes[0].clone(), std ** 2 / (std ** 2 + amend.level)
         out = amended(m, amend, *args)
-        found = at(amend.curve, 1.0 / out[1]) * change - sum(part * other for part, other in zip(bent, changes[1:]))
+        found = torch.as_tensor(at(amend.curve, 1.0 / out[1])) * change
+        found -= sum(torch.as_tensor(part) * other for part, other in zip(bent, changes[1:]))
         if amend.limit is not None:
-            found /= 1.0 - at(amend.curve, std ** 2) * slope ** 3 / amend.alpha
+            found /= max(1.0 - at(amend.curve, std ** 2) * slope ** 3 / amend.alpha, 0.5)
         seen.append((start + found, out[0], raw))
         return out
 
