@@ -45,6 +45,26 @@ def test_precision_at_2_and_at_1000_steps(process, preset, dtype, most):
         assert error(model, x, sigmas, preset, dtype) < most, steps
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_the_model_sees_is_rounded_once(process, dtype):
+    """Long steps too, which go on from x - alpha D of what the model saw: with D held, each state is the wide one, rounded.
+
+    Of no simple sigmas, at which many numbers would lie halfway between two others.
+    """
+    sigmas, seen = (karras(10) if process == "ve" else flow_schedule(10) ** 1.07).float(), {}
+    x = (sigmas[0] * torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))).to(dtype)
+
+    def model(x, sigma):
+        seen.setdefault(x.dtype, []).append(x.to(dtype))
+        return torch.full_like(x, 0.25)
+
+    for one in (x, x.float()):
+        ersde.sample_er_sde(model, one, sigmas, disable=True, process=process, eta=0.0)
+    for narrow, wide in zip(*seen.values()):
+        assert (narrow != wide).double().mean() < 0.01
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 2.0), (torch.float32, 100.0), (torch.float64, None)])
 def test_sigma_from_1e5_to_1e_4(preset, dtype, most):
