@@ -216,7 +216,8 @@ def test_the_correction_takes_the_bend_of_the_excess_back():
 
     def corrected(x, *lean):
         score = x - denoised
-        return amended(measure.TENSORS, amend, numbers, score, denoised, [change.clone()], [None], 1.0, (), known, *lean)[0] + score
+        found = amended(measure.TENSORS, amend, numbers, score, denoised, [change.clone()], [None], 1.0, (), known, *lean)
+        return score + found[0]
 
     with_it, without = corrected(x - 0.2 * extra, extra, torch.tensor(-0.2)), corrected(x)
     torch.testing.assert_close(with_it, without)
