@@ -81,9 +81,10 @@ def peers_table(steps, seeds=512):
     return dict(sorted(errors.items(), key=lambda item: (item[1] ** 2).mean()))
 
 
-def print_peers(steps, seeds):
-    """The table of `--peers`."""
-    errors, worst = peers_table(steps, seeds), max(1, round(WORST * seeds))
+def print_errors(errors, unit, title):
+    """A table of errors per starting point, over those of the row `unit`."""
+    base = errors[unit]
+    worst = max(1, round(WORST * len(base)))
 
     def root(e):
         return float(np.sqrt((e ** 2).mean()))
@@ -91,10 +92,8 @@ def print_peers(steps, seeds):
     def rest(e):
         return root(np.sort(e)[:-worst])
 
-    base = errors["comfyui"]
-    print(f"Digits, ve, Karras, {steps} steps, N = {seeds}, over comfyui's\n\n| sampler | RMS (95 %) | RMS without the "
-          f"{worst} worst points of each | their share in the sum of squares | mean | median | "
-          "points off by more than 0.1 |\n|" + "---|" * 7)
+    print(f"{title}\n\n| sampler | RMS (95 %) | RMS without the {worst} worst points of each | their share in the sum of "
+          "squares | mean | median | points off by more than 0.1 |\n|" + "---|" * 7)
     for name, e in errors.items():
         share, (low, high) = float((np.sort(e)[-worst:] ** 2).sum() / (e ** 2).sum()), interval(e, base)
         mean, median = e.mean() / base.mean(), np.median(e) / np.median(base)
@@ -138,7 +137,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.peers:
-        print_peers(args.peers, args.count)
+        print_errors(peers_table(args.peers, args.count), "comfyui",
+                     f"Digits, ve, Karras, {args.peers} steps, N = {args.count}, over comfyui's")
         return
     result = {"torch": torch.__version__}
     print("Observed order on Gaussian data, 32 to 512 steps, ordinary start\n\n| method | ve | flow |\n|---|---|---|")
