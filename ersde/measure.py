@@ -306,9 +306,8 @@ def mean_slope(m: Kind, amend: Amend, count: int, now: Number, turn: float, old:
     return m.div(room, m.clamp(room + m.clamp(gain, min=0.0) * level, min=TINY))
 
 
-def apart(m: Kind, ratio: float, size: Number, last: Number, along: Number) -> Number:
-    """|R_0 - ratio R_1| from |R_0|, |R_1| and <R_0, R_1>: where it is small for rounding to count, it makes no difference to
-    the trust."""
+def missed(m: Kind, ratio: float, size: Number, last: Number, along: Number) -> Number:
+    """|R_0 - ratio R_1| from |R_0|, |R_1| and <R_0, R_1>.  Rounding counts where it is too small to matter."""
     last = ratio * last
     return m.sqrt(m.clamp(size * size + last * last - 2.0 * ratio * along, min=0.0))
 

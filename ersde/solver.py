@@ -211,8 +211,9 @@ def _alike(value, form: Tuple) -> bool:
 
 
 def _score(step: Step, x: Tensor, denoised: Tensor) -> Optional[Tensor]:
-    """x - alpha D = alpha lambda^2 e of the state x = alpha y that the model saw, e = (y - D) / lambda^2, or None where the
-    step needs none: e's factor is left to where e is used."""
+    """x - alpha D = alpha lambda^2 e of the state x = alpha y that the model saw, e = (y - D) / lambda^2: e's factor is left
+    to where e is used.  None where the step needs none.
+    """
     alpha = step.amend.alpha if step.amend is not None else step.score[0] if step.score is not None else None
     return None if alpha is None else torch.sub(x, like(denoised, x), alpha=alpha)
 
@@ -297,7 +298,7 @@ def _trust(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence
     far, newest, miss = m.length(m.rows(denoised)), m.clamp(m.length(rows), min=TINY), None
     if step.ratio != 0.0 and m.floats:
         last = m.rows(changes[1])
-        miss = measure.apart(m, step.ratio, newest, m.length(last) if before is None else before, m.inner(rows, last))
+        miss = measure.missed(m, step.ratio, newest, m.length(last) if before is None else before, m.inner(rows, last))
     elif step.ratio != 0.0:
         miss = m.length(m.rows(torch.sub(changes[0], changes[1], alpha=step.ratio)))
     return measure.trust(m, by, step, far, newest, miss), far, newest
