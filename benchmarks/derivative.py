@@ -92,7 +92,8 @@ def errors(steps: int, count: int, variable: str) -> Dict[str, np.ndarray]:
     model, sigmas = digits("ve"), karras(steps)
     x = model.start(count, sigmas[0].item(), torch.Generator().manual_seed(1))
     exact = flow_exact(model, x, sigmas, steps=250)
-    found = {"ComfyUI's formulas": run(model, x, sigmas, **KINDS["comfyui"]), "this project's default": run(model, x, sigmas)}
+    found = {"ComfyUI's formulas": run(model, x, sigmas, **KINDS["comfyui"]),
+             "this project's default": run(model, x, sigmas)}
     for name, kw in (("predictor and corrector", {}), ("and J E along R_0", {"known": 1}),
                      ("and J E along R_0, R_1, R_2", {"known": 3}), ("and D at the corrected state", {"again": True})):
         found[name] = sample(model, x, sigmas, variable, **kw)

@@ -24,13 +24,13 @@ def test_the_weights_are_exact_for_polynomials(variable, nodes):
 
 
 def test_of_isotropic_data_the_changes_tell_all():
-    """J is a number times 1, and E in the span of the changes: D + J E is D at the corrected state, whose state has E again."""
+    """J is a number times 1, and E in the span of the changes: D + J E is D at the state that the step ends at."""
     model, sigmas = gaussian(0.5, 0.3, dim=6), karras(12)
     x = model.start(5, sigmas[0].item(), torch.Generator().manual_seed(0))
     exact = flow_exact(model, x, sigmas)
     plain, some, all_ = (rms(sample(model, x, sigmas, "log", known=known), exact) for known in (0, 1, 3))
     assert all_ < 0.9 * plain and some <= 1.001 * plain
-    # What is known is D at the state that the step ends at, so that the run is the implicit rule's.
+    # The run is the implicit rule's.
     implicit, lam = [model(x, sigmas[:1].expand(5))], sigmas[:-1].tolist()
     for i in range(11):
         past = lam[i::-1][:3]
