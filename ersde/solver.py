@@ -160,7 +160,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             x = base.mul_(by.x_scale) if step.from_base else torch.mul(x, by.x_scale)
             x.add_(denoised, alpha=step.denoised)
         elif step.hold == 1.0 and narrow is None:
-            x = torch.add(denoised, at_hand, alpha=step.x_scale, out=spare)
+            x = torch.add(like(denoised, at_hand), at_hand, alpha=step.x_scale, out=spare)
         else:
             x = torch.mul(at_hand, by.x_scale, out=spare).add_(denoised, alpha=step.hold)
             if lost is not None:
