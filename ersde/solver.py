@@ -259,7 +259,7 @@ def _amended(m: Kind, amend: Amend, by: Numbers, score: Tensor, denoised: Tensor
     # E over its weight: R_0 less what the step had of it already.
     found = change
     for part, other in (*zip(bent, changes[1:]), *(() if lean is None else ((by_lean, lean),))):
-        found = m.add(found, other, m.div(part, weight), -1.0, out=before if found is change else found)
+        found = m.add(found, like(other, found), m.div(part, weight), -1.0, out=before if found is change else found)
     spare = before if found is change else found
     gain = weight * slope
     m.add_(score, found, weight - gain)

@@ -1,4 +1,5 @@
 """Numerical limits: half precision, very many steps, very large and small sigma, the ends of a flow model, the variance."""
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from problems import flow_schedule, gaussian, karras, rms
 from test_solver import moments
 
 import ersde
-from ersde import NOISE_SCALES, PRESETS
+from ersde import NOISE_SCALES, PRESETS, measure
 from ersde.process import get_process
 from ersde.weights import METHODS
 
@@ -63,6 +64,31 @@ def test_what_the_model_sees_is_rounded_once(process, dtype):
         ersde.sample_er_sde(model, one, sigmas, disable=True, process=process, eta=0.0)
     for narrow, wide in zip(*seen.values()):
         assert (narrow != wide).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_long_steps_after_short_ones_compute_in_the_wide_dtype(dtype, batch, monkeypatch):
+    """The changes of short steps are the model's, in half precision: what a long step makes of them is not."""
+    model, made, kind = Wide(gaussian(0.5, 0.3, dim=64)), [], measure.kind
+    sigmas = torch.cat([torch.logspace(1.0, 0.9, 6), torch.logspace(0.7, -1.4, 6), torch.zeros(1)])
+    x = model.start(batch, 10.0, torch.Generator().manual_seed(0)).to(dtype)
+
+    def watched(numbers):
+        spied = copy.copy(numbers)
+
+        def add(value, change, weight, by=1.0, **out):
+            if out:                     # the correction, in the memory that is there for it
+                made.append(change.dtype)
+            return numbers.add(value, change, weight, by, **out)
+
+        spied.add = add
+        return spied
+
+    for kinds in (kind, lambda x: measure.TENSORS):
+        monkeypatch.setattr(measure, "kind", lambda x, kinds=kinds: watched(kinds(x)))
+        ersde.sample_er_sde(model, x, sigmas, disable=True, process="ve", eta=0.0)
+    assert len(made) > 4 and set(made) == {torch.float32}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
