@@ -160,9 +160,13 @@ def test_one_process_and_two_make_the_same_set(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr",
-                           "127.0.0.1", "--master_port", str(port), *command, str(tmp_path / "two")], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=300)
+    # torch's gloo aborts now and then while a process ends, its work done: a second start has nothing left to do.
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr",
+                               "127.0.0.1", "--master_port", str(port), *command, str(tmp_path / "two")], cwd=ROOT,
+                              env=environment, capture_output=True, text=True, timeout=300)
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert len(one) == 2 * 2 * 2 * 2 and one == two             # features and the digests of the pictures' bytes
