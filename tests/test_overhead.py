@@ -1,6 +1,9 @@
 """What a step costs outside the model, counted with the torch profiler."""
+import math
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import ersde
 from benchmarks.overhead import Canned, Held, count, memory
@@ -53,6 +56,32 @@ def test_long_steps_take_few_operations():
     found = operations(10)
     assert found["operations"] <= 21
     assert found["read_backs"] == 0
+
+
+@pytest.mark.parametrize("told, most", [(False, 12.0), (True, 14.0)])
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_long_steps_take_few_passes_over_the_state(told, most, gain):
+    """10 steps, without a variance and with one, as README has it: operations that read a whole state, views apart."""
+    generator = torch.Generator().manual_seed(0)
+    x = 12.6 * torch.randn(1, 4, 16, 16, generator=generator)
+    sigmas = torch.cat([torch.logspace(1.1, -1.5, 10), torch.zeros(1)])
+    noise = [torch.randn(x.shape, generator=generator) for _ in range(10)]
+    same = torch.randn(x.shape, generator=generator)
+    given = [same + 0.25 / (0.25 + sigma ** 2) * x if gain else z for sigma, z in zip(sigmas, noise)]
+
+    def run():
+        answers, drawn = iter(given), iter(noise)
+        ersde.sample_preset(lambda x, sigma: next(answers), x, sigmas, "sde_5", disable=True, process="ve",
+                            noise_sampler=lambda *_: next(drawn), excess=(lambda: same) if told else None)
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        run()
+    passes = [e for e in profiler.events() if e.name.startswith("aten::")
+              and (e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::"))
+              and e.name not in ("aten::reshape", "aten::view", "aten::unbind")
+              and any(math.prod(shape) == x.numel() for shape in e.input_shapes if shape)]
+    assert most - 2.0 < len(passes) / 10 <= most
 
 
 def test_the_numbers_of_a_device_stay_there(monkeypatch):
