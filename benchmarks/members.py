@@ -2,6 +2,7 @@
 
     python -m benchmarks.members [--quick] [--out DIR] [--steps N ...] [--guidance G ...]
     python -m benchmarks.members --ode [...]
+    python -m benchmarks.members --told [...]
 
 benchmarks/variables.py measures the ODE member by the error of each picture; this measures every member with noise by the
 law of all its pictures, which a sample tells only roughly.  So the data are Gaussian: pictures whose pixels are of four
@@ -17,7 +18,8 @@ default also that of the finished pictures, at sigma = 0, in which what the data
 missing with every sampler.
 
 DIR gets members.md and members.json.  With --ode the member without noise is measured on the same data, in files whose names
-end in _ode.
+end in _ode.  With --told the default is told what guidance adds to D_class, as the hosts tell it (`excess` of
+`ersde.sample_preset`), in all cells with guidance, in files whose names end in _told.
 """
 from __future__ import annotations
 
@@ -119,8 +121,9 @@ def exact(process: str, guidance: float, member: str, eta: float):
     return law
 
 
-def result(row: Row, cell: Cell, finished: bool = False) -> Tuple[np.ndarray, np.ndarray]:
-    """The mean and the deviation of y of each kind at the last positive sigma or, finished, at 0, shape (4,)."""
+def result(row: Row, cell: Cell, finished: bool = False, told: bool = False) -> Tuple[np.ndarray, np.ndarray]:
+    """The mean and the deviation of y of each kind at the last positive sigma or, finished, at 0, shape (4,); told: with what
+    guidance adds."""
     process, kinds, sigmas = get_process(cell.process), len(MEAN), cell.sigmas()
     if finished:
         sigmas = torch.cat((sigmas, torch.zeros(1, dtype=sigmas.dtype)))
@@ -135,16 +138,24 @@ def result(row: Row, cell: Cell, finished: bool = False) -> Tuple[np.ndarray, np
     state[0, :, 0] = torch.from_numpy(size * alpha * MEAN)
     state[0, :, 1] = torch.from_numpy(size * np.hypot(alpha * CLASS, first))
 
-    def model(x, sigma):
+    def evaluate(x, sigma, guidance):
         at = np.array([sigma[0].item()])
         alpha = float(process.alpha(at)[0])
         if alpha == 0:              # D does not know the state
-            a, b = np.zeros(kinds), denoiser(math.inf, cell.guidance)[1]
+            a, b = np.zeros(kinds), denoiser(math.inf, guidance)[1]
         else:
-            a, b = denoiser(process.lam(at)[0], cell.guidance)
+            a, b = denoiser(process.lam(at)[0], guidance)
             a = a / alpha
         out = torch.from_numpy(a)[:, None] * x
         out[0, :, 0] += torch.from_numpy(size * b)
+        return out
+
+    added = None
+
+    def model(x, sigma):
+        nonlocal added
+        out = evaluate(x, sigma, cell.guidance)
+        added = out - evaluate(x, sigma, 1.0) if told else None
         return out
 
     def noise(i):
@@ -152,19 +163,20 @@ def result(row: Row, cell: Cell, finished: bool = False) -> Tuple[np.ndarray, np
         out[0, :, i + 2] = size
         return out
 
-    x = run_plan(row.plan(sigmas, cell.process, cell.member, cell.eta), model, state, sigmas, noise, {}, None, True)[0]
+    plan = row.plan(sigmas, cell.process, cell.member, cell.eta)
+    x = run_plan(plan, model, state, sigmas, noise, {}, None, True, excess=(lambda: added) if told else None)[0]
     size *= float(process.alpha(sigmas[-1:].numpy())[0])
     return x[:, 0].numpy() / size, x[:, 1:].norm(dim=1).numpy() / size
 
 
-def measure(cell: Cell, rows: Sequence[Row]) -> dict:
+def measure(cell: Cell, rows: Sequence[Row], told: bool = False) -> dict:
     """One cell: ComfyUI's distance and every row's over it; "finished": ComfyUI's and the default's over it at sigma = 0."""
     law = exact(cell.process, cell.guidance, cell.member, cell.eta)
     low = get_process(cell.process).lam(cell.sigmas()[-1:].numpy())[0]
 
     def distance(row: Row, at: float, finished: bool) -> float:
         try:
-            own = result(row, cell, finished)
+            own = result(row, cell, finished, told)
         except FloatingPointError:
             return math.inf
         return float(math.hypot(*(np.linalg.norm(a - b) for a, b in zip(own, law(at)))))
@@ -208,14 +220,17 @@ def parts_of(held: Sequence[dict]) -> List[str]:
     return lines
 
 
-def report(done: List[dict], command: str) -> str:
+def report(done: List[dict], command: str, told: bool = False) -> str:
     """The Markdown tables."""
     member = lambda c: c["member"] if c["eta"] == 1 else f"{c['member']}, eta {c['eta']:g}"
     parts = {"By guidance and steps": None, "By member": columns(done, member),
              "By schedule": columns(done, lambda c: f"{c['process']}, {c['schedule']}"),
              "By steps": columns(done, lambda c: f"{c['steps']} steps")}
-    noise = "with noise" if any(cell["eta"] for cell in done) else "without noise"
-    lines = [f"# Interpolation variable, order, corrector and trust rule of the members {noise}", "", f"    {command}", "",
+    heading = "Interpolation variable, order, corrector and trust rule of the members " \
+        f"{'with noise' if any(cell['eta'] for cell in done) else 'without noise'}"
+    if told:
+        heading = "The members with noise, told what guidance adds"
+    lines = [f"# {heading}", "", f"    {command}", "",
              f"torch {torch.__version__}; the solver has the digest {variables.DIGEST}; {len(done)} cells. Gaussian data of "
              "four scales: Frechet distance to the exact law over that of `comfyui` (order 3). A number is the geometric "
              "mean over cells, in brackets the worst cell; a column's head has the number of cells. A larger ratio than "
@@ -236,7 +251,9 @@ def report(done: List[dict], command: str) -> str:
 def main(argv=None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.members", description=__doc__.splitlines()[0])
-    parser.add_argument("--ode", action="store_true", help="the member without noise, on the same data")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--ode", action="store_true", help="the member without noise, on the same data")
+    kind.add_argument("--told", action="store_true", help="the default told what guidance adds, as in the hosts")
     parser.add_argument("--quick", action="store_true", help="6 and 10 steps, guidance 1 and 7.5")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--steps", type=int, nargs="+", help="steps")
@@ -248,20 +265,24 @@ def main(argv=None) -> None:
         stem, command = f"{stem}_quick", f"{command} --quick"
     if args.ode:
         stem, command, kinds = f"{stem}_ode", f"{command} --ode", ODE
+    if args.told:
+        stem, command = f"{stem}_told", f"{command} --told"
+    scales = (1.0, 7.5) if args.quick else GUIDANCE
+    guidance = args.guidance or [scale for scale in scales if scale != 1.0 or not args.told]
     for name, values in (("steps", args.steps), ("guidance", args.guidance)):
         command += f" --{name} {' '.join(f'{v:g}' for v in values)}" if values else ""
-    bar, rows = tqdm(cells(args.steps or ((6, 10) if args.quick else STEPS),
-                           args.guidance or ((1.0, 7.5) if args.quick else GUIDANCE), kinds)), grid()
+    bar = tqdm(cells(args.steps or ((6, 10) if args.quick else STEPS), guidance, kinds))
+    rows = [COMFYUI, DEFAULT] if args.told else grid()
     done = []
     for cell in bar:
         bar.set_description(cell.name)
-        done.append(measure(cell, rows))
+        done.append(measure(cell, rows, args.told))
     kept = {COMFYUI.name, DEFAULT.name}
     short = [{**cell, "ratio": {name: value for name, value in cell["ratio"].items() if name in kept}} for cell in done]
     result = {"command": command, "torch": torch.__version__, "digest": variables.DIGEST,
               "rows": variables.summaries(done), "cells": short}
     variables._write(args.out / f"{stem}.json", json.dumps(variables._rounded(result), separators=(",", ":")) + "\n")
-    variables._write(args.out / f"{stem}.md", report(done, command))
+    variables._write(args.out / f"{stem}.md", report(done, command, args.told))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             with it and without the evaluations before, None keeps what there is.
         memory: in place of `history`, what the run before this one left; what this one leaves, once it has ended well.
         excess: () -> A, what guidance adds to the conditional evaluation of the newest model call, or None where it adds
-            nothing; asked for in long steps.
+            nothing; asked for in long steps after one that has been corrected.
 
     Raises:
         TypeError, ValueError: the model or the noise did not return a floating point tensor like x; names the step.
@@ -177,12 +177,17 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             x.add_(z, alpha=step.noise)
             del z
         base = None
-        if excess is not None and step.excess != 0.0:
+        if excess is not None and step.excess != 0.0 and free is not None:
             lean = excess()
             if lean is not None:
                 if not _alike(lean, form):
                     check_tensor_like(f"what excess returns (step {i})", lean, x)
-                by_lean = step.excess * (by.one if free is None else free)
+                by_lean = step.excess * free
+                if reach is not None:
+                    of_excess = m.rows(lean)
+                    along, large = m.inner(of_excess, m.rows(changes[0])), m.inner(of_excess, of_excess)
+                    by_lean = by_lean * measure.left(m, by, step.excess, reach, along, large)
+                    del of_excess
                 m.add_(x, lean, by_lean)
         if reach is not None:
             bent = [reach]

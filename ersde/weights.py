@@ -114,8 +114,17 @@ to lambda^2 / (v + lambda^2), whatever y does.  Where the host tells D_c, a long
 which is negative, with v = lambda_s lambda_t / 2.  Pictures have variances of all sizes, and what a step decides is what has
 about the step's own; the half is from the trained network of the demo, whose steps ask for 0.3 to 1.3 of lambda_s lambda_t.
 It counts as far as v has not explained how D changes, with 1 - cos^2 of R and e_0 - e_1: guidance between Gaussians of one
-variance is a Gaussian, and the law above has all of it.  Not in the first step of a run, at whose lambda nothing may be
-decided yet.
+variance is a Gaussian, and the law above has all of it.  And it counts less what the bend w R has of it already: R is what
+D has changed by, A's fall since the step before with it, and where w R points against A the step would take the same fall
+twice.  So that the bend and the addition together have c_A A's part along A, what is added is
+
+    c_A A clamp(1 - w <R, A> / (c_A |A|^2), 1/4, 1).
+
+The quarter is what A may fall by beyond a bend that points against it for another reason, and 1 keeps a bend that points
+along A, as of a picture that grows into what guidance wants, from being undone.  On the trained network, whose long steps
+bend little along A, neither limit matters; Gaussian data of four variances, whose line has most of A's fall, ask for them
+(`benchmarks/members.py --told`).  A is asked for neither in a run's first step, at whose lambda nothing may be decided yet,
+nor after a step that has measured nothing.
 
 **The last correction** of a short step.  The step to sigma = 0 returns D, and no evaluation follows to use the correction E
 of the state that D was made at.  To first order D changes by J E.  For Gaussian data dD / dlog lambda = -J (y - D), so that

@@ -8,6 +8,7 @@ from problems import digits, flow_schedule, karras, rms
 from scipy.integrate import quad
 
 import ersde
+from benchmarks import members
 from ersde import PRESETS, History, Preset, measure
 from ersde.demo.network import CLASSES, SIZE, guided, load_model
 from ersde.noise_scale import get_noise_scale
@@ -222,6 +223,47 @@ def test_the_correction_takes_the_bend_of_the_excess_back():
     with_it, without = corrected(x - 0.2 * extra, extra, torch.tensor(-0.2)), corrected(x)
     torch.testing.assert_close(with_it, without)
     assert not torch.allclose(corrected(x - 0.2 * extra), without)
+
+
+@pytest.mark.parametrize("kind", [measure.TENSORS, None], ids=["tensors", "floats"])
+def test_the_bend_and_what_is_added_have_the_excess_once(kind):
+    """Along A the bend w R_0 and what is added are c_A A together, where a quarter to all of it is left."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 200, generator=generator, dtype=torch.float64)
+    rule = measure.kind(x) if kind is None else kind
+    by = measure.numbers(plan("ve", SCHEDULES["ve"]), 2, x.dtype, x.device, rule.floats)[1]
+    weight, bend = -0.2, 0.15
+    other = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    other -= (other * x).sum() / (x * x).sum() * x
+    for part, left in ((-0.8, 0.4), (0.0, 1.0), (2.0, 1.0), (-1.2, 0.25), (-9.0, 0.25)):
+        change = part * x + other
+        inner = lambda a, b: rule.inner(rule.rows(a), rule.rows(b))
+        found = float(measure.left(rule, by, weight, rule.take(bend, x), inner(x, change), inner(x, x)))
+        assert found == pytest.approx(left)
+        if 0.25 < left < 1.0:
+            assert ((bend * change + found * weight * x) * x).sum() == pytest.approx(float(weight * (x * x).sum()))
+
+
+def test_an_excess_of_many_variances_does_not_fall_twice():
+    """Gaussian data of four scales, where the line has most of its fall: told, the members with noise are no further off."""
+    ratios = []
+    for cell in members.cells((6, 10, 20), (4.0, 7.5)):
+        law = members.exact(cell.process, cell.guidance, cell.member, cell.eta)
+        at = get_process(cell.process).lam(cell.sigmas()[-1:].numpy())[0]
+        told, alone = (np.hypot(*(np.linalg.norm(a - b) for a, b in zip(
+            members.result(members.DEFAULT, cell, told=told), law(at)))) for told in (True, False))
+        ratios.append(told / alone)
+    assert len(ratios) == 336 and np.exp(np.mean(np.log(ratios))) < 0.97 and np.mean(np.array(ratios) > 1.2) < 0.15, ratios
+
+
+def test_after_a_short_step_it_is_not_asked_for():
+    """The step before has measured nothing that would tell how much of it is explained."""
+    model = Gaussians("ve")
+    sigmas = torch.tensor([4.0, 3.9, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    long = [step.long for step in plan("ve", sigmas).steps]
+    assert long == [False, True, True, True, False]
+    sample(model, sigmas, excess=model.excess)
+    assert model.asked == 2
 
 
 def test_what_is_wrong_with_it_is_one_sentence():

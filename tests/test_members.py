@@ -175,3 +175,38 @@ def test_the_command_measures_the_member_without_noise_too(tmp_path, monkeypatch
     assert "of the members without noise" in text and "python -m benchmarks.members --quick --ode" in text
     cells = json.loads((tmp_path / "members_quick_ode.json").read_text())["cells"]
     assert len(cells) == 32 and {(cell["member"], cell["eta"]) for cell in cells} == {("ode", 0.0)}
+
+
+def test_the_command_tells_what_guidance_adds(tmp_path):
+    members.main(["--told", "--quick", "--steps", "6", "--out", str(tmp_path)])
+    text = (tmp_path / "members_quick_told.md").read_text()
+    assert "told what guidance adds" in text and "python -m benchmarks.members --quick --told --steps 6" in text
+    found = json.loads((tmp_path / "members_quick_told.json").read_text())["cells"]
+    assert len(found) == 56 and {cell["guidance"] for cell in found} == {7.5}
+    alone = {(c.process, c.member, c.eta, c.schedule): measure(c, [COMFYUI, DEFAULT]) for c in cells((6,), (7.5,))}
+    over = []
+    for cell in found:
+        plain = alone[cell["process"], cell["member"], cell["eta"], cell["schedule"]]
+        assert cell["comfyui"] == pytest.approx(plain["comfyui"], rel=1e-3)
+        over.append(cell["ratio"][DEFAULT.name] / plain["ratio"][DEFAULT.name])
+    assert np.exp(np.log(over).mean()) < 0.9, over
+
+
+def test_what_guidance_adds_is_told_as_the_difference_to_the_conditional_model(monkeypatch):
+    seen, whole = [], members.run_plan
+
+    def run_plan(plan, model, x, *args, excess, **kw):
+        def watched(x, sigma):
+            out = model(x, sigma)
+            (a, b), (a_c, b_c) = denoiser(sigma[0].item(), CELL.guidance), denoiser(sigma[0].item(), 1.0)
+            wanted = torch.from_numpy(a - a_c)[:, None] * x
+            wanted[0, :, 0] += torch.from_numpy((b - b_c) * (CELL.steps + 1) ** 0.5)
+            seen.append((excess(), wanted))
+            return out
+        return whole(plan, watched, x, *args, excess=excess, **kw)
+
+    monkeypatch.setattr(members, "run_plan", run_plan)
+    result(DEFAULT, CELL, told=True)
+    assert len(seen) == CELL.steps - 1
+    for found, wanted in seen:
+        torch.testing.assert_close(found, wanted)
