@@ -122,8 +122,11 @@ def exact(process: str, guidance: float, member: str, eta: float):
 
 
 def result(row: Row, cell: Cell, finished: bool = False, told: bool = False) -> Tuple[np.ndarray, np.ndarray]:
-    """The mean and the deviation of y of each kind at the last positive sigma or, finished, at 0, shape (4,); told: with what
-    guidance adds."""
+    """The mean and the deviation of y of each kind at the last positive sigma or, finished, at 0, shape (4,).
+
+    Args:
+        told: whether the run is told what guidance adds.
+    """
     process, kinds, sigmas = get_process(cell.process), len(MEAN), cell.sigmas()
     if finished:
         sigmas = torch.cat((sigmas, torch.zeros(1, dtype=sigmas.dtype)))
