@@ -212,6 +212,26 @@ def further(done: Sequence[dict]) -> str:
             f"have deviations of {CLASS.min():g} to {CLASS.max():g}), by more than 0.01 in {(excess > 0.01).sum()}")
 
 
+def at_dips(held: Sequence[dict], done: Sequence[dict]) -> str:
+    """In how many of the `held` cells that are further off it is ComfyUI's distance that is small by chance, where its error
+    changes its sign.  Told by the line, in the logarithms, through the distances with fewer and with more steps.
+    """
+    place = lambda c: tuple(c[name] for name in ("process", "guidance", "member", "eta", "schedule"))
+    beside, found = columns(done, place), []
+    for cell in held:
+        if cell["ratio"][DEFAULT.name] <= variables.WORSE:
+            continue
+        fewer = [c for c in beside[place(cell)] if c["steps"] < cell["steps"]]
+        more = [c for c in beside[place(cell)] if c["steps"] > cell["steps"]]
+        if fewer and more:
+            ends = max(fewer, key=lambda c: c["steps"]), min(more, key=lambda c: c["steps"])
+            line = np.interp(math.log(cell["steps"]), *np.log([[c[name] for c in ends] for name in ("steps", "comfyui")]))
+            found.append(cell["ratio"][DEFAULT.name] * cell["comfyui"] <= variables.WORSE * math.exp(line))
+    return (f"{len(found)} of the cells that are further off have others with fewer and with more steps beside them. In "
+            f"{sum(found)} of these the default is no more than 5 % further off than the line between ComfyUI's distances "
+            "there, and ComfyUI's own is below it: its error changes its sign.")
+
+
 def parts_of(held: Sequence[dict]) -> List[str]:
     """The default by steps and by schedule: how many cells, their mean, those more than 5 % further off, the largest."""
     lines = ["| part | cells | geometric mean | more than 5 % further off | largest |", "|---|---|---|---|---|"]
@@ -247,7 +267,7 @@ def report(done: List[dict], command: str, told: bool = False) -> str:
         free = [cell["finished"] for cell in held if cell["guidance"] == 1]
         lines += ["", f"With 5 steps and more and guidance up to 7.5 it is at {further(held)}. Of the finished pictures it "
                   f"is at {'; without guidance at '.join(map(further, (last, free) if free else (last,)))}."]
-        lines += ["", *parts_of(held)]
+        lines += ["", at_dips(held, done), "", *parts_of(held)]
     return "\n".join(lines) + "\n"
 
 

@@ -147,7 +147,7 @@ def test_how_much_further_off_is_said_in_the_units_of_the_data():
 
 def test_a_flow_of_comfyui_starts_below_one(monkeypatch):
     whole, first = members.run_plan, []
-    monkeypatch.setattr(members, "run_plan", lambda *args: first.append(args[3][0].item()) or whole(*args))
+    monkeypatch.setattr(members, "run_plan", lambda *args, **kw: first.append(args[3][0].item()) or whole(*args, **kw))
     cell = Cell("flow", 1.0, "sde_5", 1.0, "shift 3", 6)
     assert all(np.isfinite(part).all() for row in (COMFYUI, DEFAULT) for part in result(row, cell))
     assert first == [0.9999, 1.0]
@@ -175,6 +175,20 @@ def test_the_command_measures_the_member_without_noise_too(tmp_path, monkeypatch
     assert "of the members without noise" in text and "python -m benchmarks.members --quick --ode" in text
     cells = json.loads((tmp_path / "members_quick_ode.json").read_text())["cells"]
     assert len(cells) == 32 and {(cell["member"], cell["eta"]) for cell in cells} == {("ode", 0.0)}
+
+
+def test_a_distance_that_is_small_by_chance_is_told_from_one_that_is_small():
+    """ComfyUI's falls like 1 / steps^2, but for a dip at 10 steps; the default's is half as far off again in two places."""
+    def cell(member, steps, own, comfyui):
+        return {"process": "ve", "guidance": 4.0, "member": member, "eta": 1.0, "schedule": "karras", "steps": steps,
+                "comfyui": comfyui, "ratio": {DEFAULT.name: own / comfyui}}
+
+    at = {5: 1 / 25, 10: 1 / 100, 20: 1 / 400}
+    even = [cell("sde", n, (1.5 if n == 10 else 1.0) * value, value) for n, value in at.items()]
+    dip = [cell("sde_5", n, value, (0.5 if n == 10 else 1.0) * value) for n, value in at.items()]
+    last = [cell("sde_4", 10, 3.0, 1.0)]
+    text = members.at_dips(even + dip + last, even + dip + last)
+    assert text.startswith("2 of the cells") and "In 1 of these" in text
 
 
 def test_the_command_tells_what_guidance_adds(tmp_path):
