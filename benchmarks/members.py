@@ -213,8 +213,8 @@ def further(done: Sequence[dict]) -> str:
 
 
 def at_dips(held: Sequence[dict], done: Sequence[dict]) -> str:
-    """In how many of the `held` cells that are further off it is ComfyUI's distance that is small by chance, where its error
-    changes its sign.  Told by the line, in the logarithms, through the distances with fewer and with more steps.
+    """In how many of the `held` cells that are further off ComfyUI's distance is in a dip, as where an error changes sign:
+    below the line, in the logarithms, through its distances with the next fewer and the next more steps among `done`.
     """
     place = lambda c: tuple(c[name] for name in ("process", "guidance", "member", "eta", "schedule"))
     beside, found = columns(done, place), []
@@ -229,7 +229,7 @@ def at_dips(held: Sequence[dict], done: Sequence[dict]) -> str:
             found.append(cell["ratio"][DEFAULT.name] * cell["comfyui"] <= variables.WORSE * math.exp(line))
     return (f"{len(found)} of the cells that are further off have others with fewer and with more steps beside them. In "
             f"{sum(found)} of these the default is no more than 5 % further off than the line between ComfyUI's distances "
-            "there, and ComfyUI's own is below it: its error changes its sign.")
+            "there: ComfyUI's own is in a dip below it.")
 
 
 def parts_of(held: Sequence[dict]) -> List[str]:
@@ -249,10 +249,9 @@ def report(done: List[dict], command: str, told: bool = False) -> str:
     parts = {"By guidance and steps": None, "By member": columns(done, member),
              "By schedule": columns(done, lambda c: f"{c['process']}, {c['schedule']}"),
              "By steps": columns(done, lambda c: f"{c['steps']} steps")}
-    heading = "Interpolation variable, order, corrector and trust rule of the members " \
-        f"{'with noise' if any(cell['eta'] for cell in done) else 'without noise'}"
-    if told:
-        heading = "The members with noise, told what guidance adds"
+    noise = "with noise" if any(cell["eta"] for cell in done) else "without noise"
+    heading = f"The members {noise}, told what guidance adds" if told else \
+        f"Interpolation variable, order, corrector and trust rule of the members {noise}"
     lines = [f"# {heading}", "", f"    {command}", "",
              f"torch {torch.__version__}; the solver has the digest {variables.DIGEST}; {len(done)} cells. Gaussian data of "
              "four scales: Frechet distance to the exact law over that of `comfyui` (order 3). A number is the geometric "

@@ -177,8 +177,8 @@ def test_the_command_measures_the_member_without_noise_too(tmp_path, monkeypatch
     assert len(cells) == 32 and {(cell["member"], cell["eta"]) for cell in cells} == {("ode", 0.0)}
 
 
-def test_a_distance_that_is_small_by_chance_is_told_from_one_that_is_small():
-    """ComfyUI's falls like 1 / steps^2, but for a dip at 10 steps; the default's is half as far off again in two places."""
+def test_a_dip_of_comfyui_is_told_from_what_is_further_off():
+    """ComfyUI's distance falls like 1 / steps^2: the default's at 10 steps is above that, or ComfyUI's own below it."""
     def cell(member, steps, own, comfyui):
         return {"process": "ve", "guidance": 4.0, "member": member, "eta": 1.0, "schedule": "karras", "steps": steps,
                 "comfyui": comfyui, "ratio": {DEFAULT.name: own / comfyui}}
@@ -186,7 +186,7 @@ def test_a_distance_that_is_small_by_chance_is_told_from_one_that_is_small():
     at = {5: 1 / 25, 10: 1 / 100, 20: 1 / 400}
     even = [cell("sde", n, (1.5 if n == 10 else 1.0) * value, value) for n, value in at.items()]
     dip = [cell("sde_5", n, value, (0.5 if n == 10 else 1.0) * value) for n, value in at.items()]
-    last = [cell("sde_4", 10, 3.0, 1.0)]
+    last = [cell("sde_4", 5, 1.0, 1.0), cell("sde_4", 10, 3.0, 1.0)]
     text = members.at_dips(even + dip + last, even + dip + last)
     assert text.startswith("2 of the cells") and "In 1 of these" in text
 
