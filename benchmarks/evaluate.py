@@ -303,7 +303,7 @@ class Reference:
     digest: str
 
     def __post_init__(self):
-        self.within = _pairs(self.draws, torch.ones(1, len(self.draws), dtype=torch.float64)).item()
+        self.within = pair_mean(cubic(self.draws, self.draws), torch.ones(1, len(self.draws), dtype=torch.float64)).item()
         self.radii = _radii(self.real)
 
     @functools.lru_cache(None)
@@ -357,7 +357,7 @@ def load_reference(path: Path = REFERENCE) -> Reference:
 _reference = functools.lru_cache(None)(load_reference)
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
+def cubic(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
@@ -366,22 +366,22 @@ def _radii(x: Tensor, k: int = 3) -> Tensor:
     return torch.cdist(x, x).kthvalue(k + 1, 1).values
 
 
-def _pairs(x: Tensor, weights: Tensor) -> Tensor:
-    """The mean of the kernel over pairs of rows, each class with each class alike, the classes in turn in x.
+def pair_mean(kernel: Tensor, weights: Tensor) -> Tensor:
+    """The mean of a kernel over pairs of rows, each class with each class alike, the classes in turn in the rows.
 
-    As many of each class are in x, so that a plain mean over the pairs of different rows would have too few of one class.
+    As many of each class are in them, so that a plain mean over the pairs of different rows would have too few of one class.
     A row with itself is no pair, however often it is in a resample.
 
     Args:
+        kernel: (count, count), of each row with each; its diagonal is written over.
         weights: (resamples, count), how often each row is in a resample.
 
     Returns:
         Shape (resamples,).
     """
-    kernel = _kernel(x, x)
     kernel.fill_diagonal_(0)
-    label = torch.arange(len(x)) % len(CLASSES)
-    of = [torch.nonzero(label == k)[:, 0] for k in range(min(len(CLASSES), len(x)))]
+    label = torch.arange(len(kernel)) % len(CLASSES)
+    of = [torch.nonzero(label == k)[:, 0] for k in range(min(len(CLASSES), len(kernel)))]
     out = []
     for at, one in enumerate(of):
         w = weights[:, one]
@@ -404,8 +404,8 @@ def kernel_distance(x: Tensor, reference: Reference, weights: Optional[Tensor] =
         Shape (resamples,), or () for None.
     """
     w = torch.ones(1, len(x), dtype=x.dtype) if weights is None else weights.to(x.dtype)
-    cross = (w @ _kernel(x, reference.draws).mean(1)) / w.sum(1)
-    out = _pairs(x, w) + reference.within - 2 * cross
+    cross = (w @ cubic(x, reference.draws).mean(1)) / w.sum(1)
+    out = pair_mean(cubic(x, x), w) + reference.within - 2 * cross
     return out[0] if weights is None else out
 
 
@@ -427,12 +427,17 @@ def resamples(count: int, of: int = RESAMPLES) -> Tensor:
     return (u * size).long() * step + place % step
 
 
+def how_often(rows: Tensor) -> Tensor:
+    """How often each row is in each resample: (resamples, count), float64, of indices of that shape."""
+    return torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+
+
 def measure(features: np.ndarray, labels: Tensor, reference: Reference) -> dict:
     """All metrics of one cell: {name: {"value", "interval"}}, and the resampled distances for comparisons."""
     x = torch.from_numpy(features.astype(np.float64))
     count = len(x)
     rows = resamples(count)
-    weights = torch.zeros(rows.shape, dtype=torch.float64).scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
+    weights = how_often(rows)
     numbers = lambda value, resampled: {"value": value, "interval": quality.interval(value, resampled)}
     frechet = torch.cat([quality.frechet(x, reference, some) for some in rows.split(max(1, (1 << 15) // count))])
     kernel = 1000 * kernel_distance(x, reference, weights)
@@ -474,8 +479,8 @@ FEWER = ((6, 9), (8, 12), (10, 15), (6, 12), (10, 20), (15, 30))        # ours, 
 
 @functools.lru_cache(None)
 def _measuring_source() -> str:
-    parts = (measure, kernel_distance, _pairs, precision_recall, resamples, _kernel, _radii, features_of, quality.frechet,
-             quality.interval)
+    parts = (measure, kernel_distance, pair_mean, precision_recall, resamples, how_often, cubic, _radii, features_of,
+             quality.frechet, quality.interval)
     return quality._digest(*(quality._code(inspect.getsource(part)) for part in parts), _reference().digest)
 
 
