@@ -2,6 +2,7 @@
 
     python -m benchmarks.members_mixtures [--steps N ...] [--guidance W ...] [--count N] [--out DIR]
     python -m benchmarks.members_mixtures --random N [--seed S] ...        on mixtures that nobody chose
+    python -m benchmarks.members_mixtures --told ...                       told what guidance adds
 
 The problems, schedules and exact laws are those of benchmarks/quality.py, which has ComfyUI's formulas of `sde_5` alone;
 here every noise scale meets its own, from the same starts and with the same noise.  With --random the problems are the N
@@ -9,10 +10,11 @@ mixtures of benchmarks/random_mixtures.py from the seed S on, on its schedules, 
 The figure is the squared Frechet distance to the member's law less that of exact samples of the same N (the excess), no less
 than twice the floor's standard deviation: two cells below it count as equal.  A cell is worse where the excess is more than
 5 % above ComfyUI's with the whole 95 % interval, a centred bootstrap over the starting points, the same in both.  `far` are
-the pictures that end further from every component of the data than five deviations of the exact ones.
+the pictures that end further from every component of the data than five deviations of the exact ones.  With --told the
+default is told what guidance adds to the conditional D, as the hosts tell it, in all cells that have guidance.
 
 A cell is a line of JSON in DIR, and a run takes up where the last one stopped.  DIR gets members_mixtures.md, that of
---random members_mixtures_random.md, with a seed other than 1 in its name.
+--random members_mixtures_random.md, with a seed other than 1 in its name, those of --told with names that end in _told.
 """
 from __future__ import annotations
 
@@ -29,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import ersde
+from tests.problems import Mixture
 
 from . import quality, random_mixtures
 from .members import MEMBERS
@@ -39,18 +42,35 @@ SETTINGS = dataclasses.replace(quality.QUICK, count=768, reference=4, fine_steps
 FAR = 5.0
 
 
+class Told:
+    """A guided mixture that tells what guidance adds: `excess()` is D - D_label of the newest call."""
+
+    def __init__(self, model: Mixture):
+        self.model, self.process, self._excess = model, model.process, None
+        self.conditional = dataclasses.replace(model, guidance=1.0)
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
+        out = self.model(x, sigma)
+        self._excess = out - self.conditional(x, sigma)
+        return out
+
+    def excess(self) -> torch.Tensor:
+        return self._excess
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A member on a problem, with a number of steps."""
+    """A member on a problem, with a number of steps; told what guidance adds, or not."""
 
     problem: quality.Problem
     member: str
     eta: float
     steps: int
+    told: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.problem.label} / {self.member} eta {self.eta:g} / {self.steps} steps"
+        return f"{self.problem.label} / {self.member} eta {self.eta:g} / {self.steps} steps" + " / told" * self.told
 
     def presets(self) -> Tuple[ersde.Preset, ersde.Preset]:
         """Ours and ComfyUI's."""
@@ -63,10 +83,10 @@ class Cell:
         law = problem.law(self.presets()[0])
         rows = quality._resamples(settings)[:settings.heavy_resamples]
         sigmas, start = quality.schedule(problem.schedule_name, self.steps, self.steps), problem.start()
-        excess, again, far = [], [], []
+        model, excess, again, far = Told(problem.model) if self.told else problem.model, [], [], []
         for preset in self.presets():
             noise = quality.PathNoise(start, settings.seed + 31)
-            out = quality._run_preset(preset)(problem.model, start.clone(), sigmas, noise, problem.window)
+            out = quality._run_preset(preset)(model, start.clone(), sigmas, noise, problem.window)
             excess.append(quality.frechet(out, law).item() - law.floor_frechet)
             again.append(quality.frechet(out, law, rows) - law.floor_frechet)
             far.append(int((quality.nearest(out, problem.source.means) > FAR * law.spread).sum()))
@@ -75,30 +95,31 @@ class Cell:
         ratio = max(excess[0], least) / max(excess[1], least)
         return {"problem": problem.label, "guidance": problem.guidance or 1.0, "schedule": problem.schedule_name,
                 "process": problem.process, "member": self.member, "eta": self.eta, "steps": self.steps,
-                "count": settings.count, "ours": excess[0], "comfyui": excess[1], "least": least, "ratio": ratio,
-                "over": over, "worse": bool(ratio > WORSE and over[0] > 0), "far": far}
+                "count": settings.count, "told": self.told, "ours": excess[0], "comfyui": excess[1], "least": least,
+                "ratio": ratio, "over": over, "worse": bool(ratio > WORSE and over[0] > 0), "far": far}
 
 
-def cells(steps: Sequence[int] = STEPS, guidance: Sequence[float] = GUIDANCE,
-          settings: quality.Settings = SETTINGS) -> List[Cell]:
-    """All of them, those of one problem side by side."""
+def cells(steps: Sequence[int] = STEPS, guidance: Sequence[float] = GUIDANCE, settings: quality.Settings = SETTINGS,
+          told: bool = False) -> List[Cell]:
+    """All of them, those of one problem side by side; told what guidance adds, those that have it."""
     problems = [quality.Problem(name, scale, process, kind, settings) for name, scale in quality.PROBLEMS
                 if (scale or 1.0) in guidance for process, kinds in quality.SCHEDULES.items() for kind in kinds]
-    return _of(problems, steps)
+    return _of(problems, steps, told)
 
 
 def random_cells(count: int, seed: int = 1, steps: Sequence[int] = STEPS,
-                 settings: quality.Settings = SETTINGS) -> List[Cell]:
+                 settings: quality.Settings = SETTINGS, told: bool = False) -> List[Cell]:
     """Those of `count` random mixtures, whose name has their seed and dimension."""
     problems = [quality.Problem(f"mixture {one} of dimension {mixture[0].dim}", mixture[0].guidance, process, kind, settings,
                                 mixture)
                 for one in range(seed, seed + count) for process, kinds in random_mixtures.SCHEDULES.items()
                 for mixture in [random_mixtures.mixture(one, process)] for kind in kinds]
-    return _of(problems, steps)
+    return _of(problems, steps, told)
 
 
-def _of(problems: Sequence[quality.Problem], steps: Sequence[int]) -> List[Cell]:
-    return [Cell(problem, member, eta, n) for problem, (member, eta), n in itertools.product(problems, MEMBERS, steps)]
+def _of(problems: Sequence[quality.Problem], steps: Sequence[int], told: bool) -> List[Cell]:
+    return [Cell(problem, member, eta, n, told) for problem, (member, eta), n in itertools.product(problems, MEMBERS, steps)
+            if problem.guidance is not None or not told]
 
 
 @functools.lru_cache(None)
@@ -141,7 +162,8 @@ def table(rows: Sequence[dict], command: str) -> str:
     lines = ["# The members with noise on mixtures", "", f"    {command}", "",
              f"N = {rows[0]['count']} in each of {len(rows)} cells, float64; torch {torch.__version__}; the sources "
              f"have the digest {quality._own_source()}. The excess squared Frechet distance of the default over that of "
-             "ComfyUI's formulas of the same member, both no less than what can be told from exact samples.", "",
+             "ComfyUI's formulas of the same member, both no less than what can be told from exact samples."
+             + " The default is told what guidance adds." * rows[0]["told"], "",
              "| part | cells | above the floor | geometric mean | within 5 % or better | worse with the whole interval | "
              "largest | far, ours | far, ComfyUI's |", "|---|---|---|---|---|---|---|---|---|"]
     for name, of in parts.items():
@@ -166,6 +188,7 @@ def main(argv=None) -> None:
                         help="guidance scales; 1 is none (default: all)")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="on so many random mixtures")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="the first of these")
+    parser.add_argument("--told", action="store_true", help="tell the default what guidance adds; cells with guidance")
     parser.add_argument("--count", type=int, default=SETTINGS.count, help="starting points of a cell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     args = parser.parse_args(argv)
@@ -173,14 +196,19 @@ def main(argv=None) -> None:
         parser.error("--random: a count of mixtures, which have a guidance of their own; not with --guidance")
     if args.seed != 1 and not args.random:
         parser.error("--seed: of the mixtures of --random")
+    if args.told and 1.0 in (args.guidance or ()):
+        parser.error("--told: guidance 1 adds nothing")
     torch.set_num_threads(1)
     settings, name = dataclasses.replace(SETTINGS, count=args.count), "members_mixtures"
     if args.random:
-        plan = random_cells(args.random, args.seed, args.steps, settings)
+        plan = random_cells(args.random, args.seed, args.steps, settings, args.told)
         name += "_random" + (f"_{args.seed}" if args.seed != 1 else "")
     else:
-        plan = cells(args.steps, args.guidance or GUIDANCE, settings)
-    command = quality.command_of("members_mixtures", parser, args, "random", "seed", "steps", "guidance", "count")
+        plan = cells(args.steps, args.guidance or GUIDANCE, settings, args.told)
+    if not plan:
+        parser.error("--told: none of these mixtures has guidance")
+    name += "_told" * args.told
+    command = quality.command_of("members_mixtures", parser, args, "random", "seed", "steps", "guidance", "told", "count")
     text = table(run(plan, args.out / "members_mixtures.jsonl"), command)
     (args.out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)

@@ -505,7 +505,9 @@ def command_of(name: str, parser: argparse.ArgumentParser, args: argparse.Namesp
     said = f"python -m benchmarks.{name}"
     for option in options:
         value = getattr(args, option)
-        if value != parser.get_default(option):
+        if value is True:
+            said += f" --{option}"
+        elif value != parser.get_default(option):
             values = value if isinstance(value, list) else [value]
             said += f" --{option} " + " ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
     return said

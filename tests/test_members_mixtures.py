@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import members_mixtures, quality, random_mixtures
 from benchmarks.members import MEMBERS
-from benchmarks.members_mixtures import GUIDANCE, SETTINGS, STEPS, cells, main, table
+from benchmarks.members_mixtures import GUIDANCE, SETTINGS, STEPS, Told, cells, main, table
 
 SMALL = dataclasses.replace(SETTINGS, count=64, reference=2, fine_steps=20)
 
@@ -41,6 +41,23 @@ def test_the_figures_of_a_cell():
     low, high = found["over"]
     assert low <= found["ours"] - 1.05 * found["comfyui"] <= high
     assert found["worse"] == (found["ratio"] > 1.05 and low > 0)
+
+
+def test_told_the_default_knows_what_guidance_adds():
+    plan = cells(told=True)
+    assert len(plan) == len(cells(guidance=(4.0, 7.5))) and all(cell.told and cell.problem.guidance for cell in plan)
+    cell = next(cell for cell in cells((6,), (4.0,), SMALL, told=True) if (cell.member, cell.eta) == ("sde_3", 1.0))
+    model, x, sigma = cell.problem.model, cell.problem.start(8), torch.full((8,), 2.0, dtype=torch.float64)
+    told = Told(model)
+    parts = dataclasses.replace(model, guidance=None)
+    of_all, of_label = parts(x, sigma), dataclasses.replace(model, guidance=1.0)(x, sigma)
+    torch.testing.assert_close(told(x, sigma), of_all + 4 * (of_label - of_all), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(told.excess(), 3 * (of_label - of_all), rtol=1e-8, atol=1e-8)
+    # ComfyUI's formulas have no use for it, the default has.
+    row, plain = cell.measure(), dataclasses.replace(cell, told=False).measure()
+    assert row["comfyui"] == plain["comfyui"] and row["ours"] != plain["ours"] and row["least"] == plain["least"]
+    assert row["told"] and not plain["told"] and "told what guidance adds" in table([row], "command")
+    assert "told what" not in table([plain], "command")
 
 
 @pytest.mark.parametrize("ours, worse", (("exact", False), ("order 1", True)))
@@ -113,9 +130,13 @@ def test_random_mixtures_meet_their_own_law(tmp_path, capsys, monkeypatch):
     text = (tmp_path / "members_mixtures_random_3.md").read_text()
     assert text in capsys.readouterr().out
     assert "    python -m benchmarks.members_mixtures --random 1 --seed 3 --steps 5\n" in text and "| all | 3 |" in text
+    main(["--random", "2", "--seed", "3", "--told", "--steps", "5", "--out", str(tmp_path)])       # the second one alone
+    text = (tmp_path / "members_mixtures_random_3_told.md").read_text()
+    assert "--random 2 --seed 3 --steps 5 --told\n" in text and "| all | 3 |" in text and "| guidance 7.5 | 3 |" in text
 
 
-@pytest.mark.parametrize("options", (["--seed", "2"], ["--random", "-1"], ["--random", "1", "--guidance", "4"]))
+@pytest.mark.parametrize("options", (["--seed", "2"], ["--random", "-1"], ["--random", "1", "--guidance", "4"],
+                                     ["--told", "--guidance", "1"], ["--told", "--random", "1", "--seed", "3"]))
 def test_options_that_do_not_go_together(options, capsys):
     with pytest.raises(SystemExit):
         main(options)
