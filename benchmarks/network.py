@@ -1,11 +1,12 @@
 """The noise-free samplers on the trained network of the demo, at equal model calls, with guidance.
 
-    python -m benchmarks.network [--calls 5 9 21] [--guidance 1 4 7.5] [--count 32] [--out DIR] [--filter REGEX]
+    python -m benchmarks.network [--calls 5 9 21] [--guidance 1 4 7.5] [--count 32] [--told] [--out DIR] [--filter REGEX]
 
 The figure of a cell is the RMS error of each picture's result to a fine solution of the same network (the second order
 without a corrector, `FINE` steps between the same sigmas), its mean over the pictures, over the one of ComfyUI's formulas.
 Intervals are 95 % by bootstrap over the pictures, of the ratio, the same pictures in both.  All samplers start from the same
-states.  The cells of a problem are lines of JSON in DIR, and a run takes up where the last one stopped.
+states.  With --told our presets are told what guidance adds, as the hosts tell them, in a table with a name of its own.  The
+cells of a problem are lines of JSON in DIR, and a run takes up where the last one stopped.
 """
 from __future__ import annotations
 
@@ -66,9 +67,10 @@ def ratio(errors: np.ndarray, base: np.ndarray, resamples: int = 1000) -> List[f
     return [float(errors.mean() / base.mean()), float(low), float(high)]
 
 
-def cells(process: str, schedule: str, guidance: float, calls: int, count: int, chosen: str) -> Dict[str, List[float]]:
+def cells(process: str, schedule: str, guidance: float, calls: int, count: int, chosen: str,
+          told: bool = False) -> Dict[str, List[float]]:
     """The RMS error of each picture, by sampler."""
-    model = Network(process, guidance, torch.arange(count) % len(CLASSES))
+    model = Network(process, guidance, torch.arange(count) % len(CLASSES), apart=told)
     sigmas = quality.schedule(schedule, calls, calls)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, 3 * SIZE * SIZE, generator=generator, dtype=torch.float64) * (SIGMA_MAX if process == "ve" else 1)
@@ -125,10 +127,11 @@ def table(rows: List[dict], count: int) -> str:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.network", description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, nargs="+", default=[5, 9, 21])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0, 7.5])
     parser.add_argument("--count", type=int, default=32, help="pictures")
+    parser.add_argument("--told", action="store_true", help="tell our presets what guidance adds")
     parser.add_argument("--filter", default="", help="regular expression: only samplers whose name has it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
@@ -142,15 +145,16 @@ def main(argv=None) -> None:
     with open(path, "a", encoding="utf-8") as file:
         for process, schedule, guidance, calls in tqdm(todo):
             problem = f"{process} / {schedule} / guidance {guidance:g}"
-            key = f"{problem} / {calls} / {args.count} / {stamp}"
+            key = f"{problem} / {calls} / {args.count} / {stamp}" + " / told" * args.told
             if key not in done:
                 done[key] = {"key": key, "problem": problem, "calls": calls,
-                             "errors": cells(process, schedule, guidance, calls, args.count, args.filter)}
+                             "errors": cells(process, schedule, guidance, calls, args.count, args.filter, args.told)}
                 file.write(json.dumps(done[key]) + "\n")
                 file.flush()
             rows.append(done[key])
-    text = table(rows, args.count)
-    (args.out / "network.md").write_text("    python -m benchmarks.network\n\n" + text, encoding="utf-8")
+    command = quality.command_of("network", parser, args, "calls", "guidance", "count", "told", "filter")
+    text = f"    {command}\n\n" + table(rows, args.count)
+    (args.out / f"network{'_told' * args.told}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
