@@ -358,6 +358,7 @@ _reference = functools.lru_cache(None)(load_reference)
 
 
 def cubic(x: Tensor, y: Tensor) -> Tensor:
+    """The kernel (x y / features + 1)^3 of each row with each, (len(x), len(y)); Binkowski et al., arXiv 1801.01401."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 

@@ -104,9 +104,9 @@ def measure(ours: torch.Tensor, comfyui: torch.Tensor, fine: torch.Tensor) -> Di
     kernel = [kernel_distance(features, fine, weights) for features in both]
     with_interval = lambda value, resampled: (value, tuple(quality.interval(value, resampled)))
     ratio, interval = with_interval(values[0] / values[1], again[0] / again[1])
-    difference, excess = (with_interval(d[0].item(), d[1:]) for d in (kernel[0] - kernel[1], kernel[0] - WORSE * kernel[1]))
+    difference, over = (with_interval(d[0].item(), d[1:]) for d in (kernel[0] - kernel[1], kernel[0] - WORSE * kernel[1]))
     return {"ours": values[0], "comfyui": values[1], "ratio": ratio, "interval": interval,
-            "kernel": tuple(k[0].item() for k in kernel), "difference": difference, "excess": excess}
+            "kernel": tuple(k[0].item() for k in kernel), "difference": difference, "over": over}
 
 
 def compared(plan: Sequence[Cell], blocks: Sequence[Sequence[int]], held: Dict[str, dict]) -> List[Row]:
@@ -136,7 +136,7 @@ def table(rows: Sequence[Row], count: int, fine: int, command: str) -> str:
     """The Markdown text."""
     ratio = np.array([found["ratio"] for _, _, found in rows])
     nearer = sum(found["difference"][1][1] < 0 for _, _, found in rows)
-    further, worse = (sum(found[what][1][0] > 0 for _, _, found in rows) for what in ("difference", "excess"))
+    further, worse = (sum(found[what][1][0] > 0 for _, _, found in rows) for what in ("difference", "over"))
     above = sum(found["interval"][0] > WORSE for _, _, found in rows)
     lines = ["# The members with noise on the trained network", "", f"    {command}", "",
              f"N = {count}; torch {torch.__version__}; the sources have the digest {quality._own_source()}. Distances to "

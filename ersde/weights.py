@@ -123,8 +123,9 @@ twice.  So that the bend and the addition together have c_A A's part along A, wh
 The quarter is what A may fall by beyond a bend that points against it for another reason, and 1 keeps a bend that points
 along A, as of a picture that grows into what guidance wants, from being undone.  Gaussian data of four variances, whose line
 has most of A's fall, ask for it (`benchmarks/members.py --told`); the pictures of the trained network, whose long steps bend
-little along A, are further off by 1 % in the median.  A is asked for neither in a run's first step, at whose lambda nothing
-may be decided yet, nor after a step that has measured nothing.
+little along A, are further off by 1 % in the median.  With noise and guidance 4 all of it is too much: the pictures lack
+contrast, of which such steps leave too little anyway (`benchmarks/results/README.md`, 16).  A is asked for neither in a
+run's first step, at whose lambda nothing may be decided yet, nor after a step that has measured nothing.
 
 **The last correction** of a short step.  The step to sigma = 0 returns D, and no evaluation follows to use the correction E
 of the state that D was made at.  To first order D changes by J E.  For Gaussian data dD / dlog lambda = -J (y - D), so that

@@ -34,9 +34,9 @@ def test_the_kernel_decides():
     assert found["kernel"] == pytest.approx(back["kernel"][::-1]) and 0 < 4 * found["kernel"][0] < found["kernel"][1]
     difference, (low, high) = found["difference"]
     assert difference == pytest.approx(found["kernel"][0] - found["kernel"][1]) and low <= difference <= high < 0
-    assert back["difference"][1][0] > 0 and found["excess"][1][1] < 0 < back["excess"][1][0]
-    excess = measure(far, far, fine)["excess"]         # of itself it is 5 % too near
-    assert excess[0] == pytest.approx(-0.05 * found["kernel"][1]) and excess[1][1] < 0
+    assert back["difference"][1][0] > 0 and found["over"][1][1] < 0 < back["over"][1][0]
+    over = measure(far, far, fine)["over"]         # of itself it is 5 % too near
+    assert over[0] == pytest.approx(-0.05 * found["kernel"][1]) and over[1][1] < 0
 
 
 def test_the_kernel_distance_of_one_law_is_0_in_the_mean_where_the_frechet_distance_is_not():
