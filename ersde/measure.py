@@ -28,7 +28,8 @@ TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from b
 _AS_IT_IS = contextlib.nullcontext()
 _FAR = 1e6          # the largest |R| / |D| that is told from infinity: its fourth power is a float32
 _UNFORESEEN = 0.14    # (|R| / |D|)^2 (1 - r)^2 of a change that halves the line of a step without a v
-_LEFT = 0.25        # of guidance's excess, what a long step adds at least
+_LEFT = 0.25        # of guidance's excess, what a long step's bend leaves at least
+_BESIDE = 0.05      # |A|^2 / |D|^2 of an excess of which a long step adds half
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
@@ -340,15 +341,18 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
     return m.where(sure, m.maximum(by_law, by_line), alone)
 
 
-def left(m: Kind, by: Numbers, weight: float, bend: Number, along: Number, size: Number) -> Number:
-    """The share of c_A A that a long step still adds, when its bend w R_0 has part of it: 1 - w <R_0, A> / (c_A |A|^2).
+def left(m: Kind, by: Numbers, weight: float, bend: Number, along: Number, size: Number, far: Number) -> Number:
+    """The share of c_A A that a long step still adds: 1 - w <R_0, A> / (c_A |A|^2), since its bend w R_0 has part of it, times
+    |A|^2 / (|A|^2 + |D_0|^2 / 20).
 
     Args:
         weight: c_A, below 0.
         bend: w.
         along, size: <A, R_0> and |A|^2.
+        far: |D_0|.
     """
-    return m.clamp(by.one - m.div(bend * along, weight * m.clamp(size, min=TINY)), _LEFT, 1.0)
+    share = m.clamp(by.one - m.div(bend * along, weight * m.clamp(size, min=TINY)), _LEFT, 1.0)
+    return m.div(share * size, m.clamp(size + _BESIDE * far * far, min=TINY))
 
 
 def trust(m: Kind, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:

@@ -186,7 +186,7 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
                 if reach is not None:
                     of_excess = m.rows(lean)
                     along, large = m.inner(of_excess, m.rows(changes[0])), m.inner(of_excess, of_excess)
-                    by_lean = by_lean * measure.left(m, by, step.excess, reach, along, large)
+                    by_lean = by_lean * measure.left(m, by, step.excess, reach, along, large, far)
                     del of_excess
                 m.add_(x, lean, by_lean)
         if reach is not None:

@@ -238,10 +238,36 @@ def test_the_bend_and_what_is_added_have_the_excess_once(kind):
     for part, left in ((-0.8, 0.4), (0.0, 1.0), (2.0, 1.0), (-1.2, 0.25), (-9.0, 0.25)):
         change = part * x + other
         inner = lambda a, b: rule.inner(rule.rows(a), rule.rows(b))
-        found = float(measure.left(rule, by, weight, rule.take(bend, x), inner(x, change), inner(x, x)))
+        found = float(measure.left(rule, by, weight, rule.take(bend, x), inner(x, change), inner(x, x), rule.take(0.0, x)))
         assert found == pytest.approx(left)
         if 0.25 < left < 1.0:
             assert ((bend * change + found * weight * x) * x).sum() == pytest.approx(float(weight * (x * x).sum()))
+
+
+@pytest.mark.parametrize("kind", [measure.TENSORS, None], ids=["tensors", "floats"])
+def test_less_of_an_excess_is_added_where_it_is_small_beside_the_evaluation(kind):
+    """Wiener's gain |A|^2 / (|A|^2 + |D|^2 / 20): half at |A|^2 = |D|^2 / 20, nothing of nothing."""
+    x = torch.ones(1, 200, dtype=torch.float64)
+    rule = measure.kind(x) if kind is None else kind
+    by = measure.numbers(plan("ve", SCHEDULES["ve"]), 2, x.dtype, x.device, rule.floats)[1]
+    share = lambda size, far: float(measure.left(rule, by, -0.2, rule.take(0.1, x), rule.take(0.0, x), rule.take(size, x),
+                                                 rule.take(far, x)))
+    assert share(1.0, 20 ** 0.5) == pytest.approx(0.5)
+    assert share(4.0, 1.0) == pytest.approx(4.0 / 4.05)
+    assert share(1e20, 1.0) == pytest.approx(1.0) and share(1e-20, 1.0) == pytest.approx(2e-19)
+    assert share(0.0, 0.0) == 0.0 and share(0.0, 1.0) == 0.0 and share(1.0, 0.0) == 1.0
+
+
+def test_pictures_keep_their_contrast():
+    """With guidance 4 and noise, where |A| is a fifth of |D|: told all of its fall, six steps left 0.93 of the contrast."""
+    from ersde.demo import trained
+
+    labels, x = torch.arange(40) % len(CLASSES), trained.start(range(40), "ve")
+    call, sigmas = guided(load_model("ve"), labels, 4.0), trained.schedule("ve", 6)
+    run = lambda **kw: ersde.sample_preset(call, x, sigmas, Preset("noisy", "sde_4"), {"seed": 0}, disable=True, process="ve",
+                                           **kw).flatten(1).std(1).mean()
+    told, alone = run(excess=call.excess), run()
+    assert 0.95 * alone < told < 0.99 * alone, told / alone
 
 
 def test_an_excess_of_many_variances_does_not_fall_twice():
