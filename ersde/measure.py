@@ -315,13 +315,14 @@ def missed(m: Kind, ratio: float, size: Number, last: Number, along: Number) -> 
 
 
 def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number,
-          before: Optional[Number], along: Optional[Number]) -> Number:
+          before: Optional[Number], along: Optional[Number], guided: Optional[Number] = None) -> Number:
     """The weight on R_0 of a long step's bend.
 
     Args:
         by_law, sure: the bend by v, and whether there is a v.
         size, newest, before: |D_0|, |R_0| and, where the step has a ratio, |R_1|.
         along: <R_0, R_1> where the step has a ratio and noise.
+        guided: `told`, where the step is told what guidance adds.
     """
     if not step.bend:
         return by_law * sure
@@ -333,7 +334,8 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
         odd = share * (by.one - m.clamp(along / newest / m.clamp(before, min=TINY), -1.0, 1.0))
         odd = odd * odd
         wide = m.addcmul(by.one, share, share, value=1.0 - step.common)
-        alone = by.line / m.addcmul(wide, odd, odd, value=step.common / _UNFORESEEN ** 2)
+        cut = odd if guided is None else odd * (by.one - guided)
+        alone = by.line / m.addcmul(wide, odd, cut, value=step.common / _UNFORESEEN ** 2)
     elif step.ratio != 0.0:
         fall = before / newest
         fall = fall * fall
@@ -341,18 +343,20 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
     return m.where(sure, m.maximum(by_law, by_line), alone)
 
 
-def left(m: Kind, by: Numbers, weight: float, bend: Number, along: Number, size: Number, far: Number) -> Number:
-    """The share of c_A A that a long step still adds: 1 - w <R_0, A> / (c_A |A|^2), since its bend w R_0 has part of it, times
-    |A|^2 / (|A|^2 + |D_0|^2 / 20).
+def told(m: Kind, size: Number, far: Number) -> Number:
+    """|A|^2 / (|A|^2 + |D_0|^2 / 20), from |A|^2 and |D_0|: how far a long step goes by what it is told of guidance."""
+    return m.div(size, m.clamp(size + _BESIDE * far * far, min=TINY))
+
+
+def left(m: Kind, by: Numbers, weight: float, bend: Number, along: Number, size: Number) -> Number:
+    """What a long step's bend w R_0 has not got of c_A A: 1 - w <R_0, A> / (c_A |A|^2), a quarter to all.
 
     Args:
         weight: c_A, below 0.
         bend: w.
         along, size: <A, R_0> and |A|^2.
-        far: |D_0|.
     """
-    share = m.clamp(by.one - m.div(bend * along, weight * m.clamp(size, min=TINY)), _LEFT, 1.0)
-    return m.div(share * size, m.clamp(size + _BESIDE * far * far, min=TINY))
+    return m.clamp(by.one - m.div(bend * along, weight * m.clamp(size, min=TINY)), _LEFT, 1.0)
 
 
 def trust(m: Kind, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:

@@ -142,8 +142,12 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             elif step.score is not None:
                 factor = step.score[1]
             newest, bent, lean, score = denoised, (), None, at_hand if step.score is not None else None
+            if excess is not None and step.excess != 0.0 and free is not None:
+                lean = excess()
+                if lean is not None and not _alike(lean, form):
+                    check_tensor_like(f"what excess returns (step {i})", lean, x)
             if step.reach is not None:
-                reach, far, size = _reach(m, step, by, denoised, changes, law, size)
+                reach, far, size, share = _reach(m, step, by, denoised, changes, law, size, lean)
             elif step.bend:
                 trust, far, size = _trust(m, step, by, denoised, changes, size)
             else:
@@ -177,18 +181,11 @@ def run(plan: Plan, model: Callable, x: Tensor, sigmas: Tensor, noise: Callable[
             x.add_(z, alpha=step.noise)
             del z
         base = None
-        if excess is not None and step.excess != 0.0 and free is not None:
-            lean = excess()
-            if lean is not None:
-                if not _alike(lean, form):
-                    check_tensor_like(f"what excess returns (step {i})", lean, x)
-                by_lean = step.excess * free
-                if reach is not None:
-                    of_excess = m.rows(lean)
-                    along, large = m.inner(of_excess, m.rows(changes[0])), m.inner(of_excess, of_excess)
-                    by_lean = by_lean * measure.left(m, by, step.excess, reach, along, large, far)
-                    del of_excess
-                m.add_(x, lean, by_lean)
+        if lean is not None:
+            by_lean = step.excess * free
+            if reach is not None:
+                by_lean = by_lean * share
+            m.add_(x, lean, by_lean)
         if reach is not None:
             bent = [reach]
             m.add_(x, changes[0], reach)
@@ -279,21 +276,29 @@ def _amended(m: Kind, amend: Amend, by: Numbers, score: Tensor, denoised: Tensor
 
 
 def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], law: Law,
-           before: Optional[Number]) -> Tuple[Number, Number, Number]:
-    """The weight on R_0 of a long step's bend, |D_0| and |R_0|.
+           before: Optional[Number], lean: Optional[Tensor] = None) -> Tuple[Number, Number, Number, Optional[Number]]:
+    """The weight on R_0 of a long step's bend, |D_0|, |R_0|, and the share of its weight on A that is still to be added.
 
     Args:
         before: |R_1| if it is known.
+        lean: guidance's excess A, if the step is told; without it there is no share.
     """
     far, newest = m.length(m.rows(denoised)), m.clamp(m.length(law.rows) if law.size is None else law.size, min=TINY)
-    along = None
+    along, told = None, None
+    if lean is not None:
+        rows = m.rows(lean)
+        large = m.inner(rows, rows)
+        told = measure.told(m, large, far)
     if step.ratio != 0.0:
         last = m.rows(changes[1])
         if before is None:
             before = m.length(last)
         if step.common != 1.0:
             along = m.inner(law.rows, last)
-    return measure.reach(m, by, step, law.bend, law.sure, far, newest, before, along), far, newest
+    weight, share = measure.reach(m, by, step, law.bend, law.sure, far, newest, before, along, told), None
+    if lean is not None:
+        share = told * measure.left(m, by, step.excess, weight, m.inner(rows, law.rows), large)
+    return weight, far, newest, share
 
 
 def _trust(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence[Tensor], before: Optional[Number]

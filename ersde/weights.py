@@ -118,16 +118,21 @@ variance is a Gaussian, and the law above has all of it.  And it counts less wha
 D has changed by, A's fall since the step before with it, and where w R points against A the step would take the same fall
 twice.  So that the bend and the addition together have c_A A's part along A, what is added is
 
-    c_A A clamp(1 - w <R, A> / (c_A |A|^2), 1/4, 1) |A|^2 / (|A|^2 + |D|^2 / 20).
+    G c_A A clamp(1 - w <R, A> / (c_A |A|^2), 1/4, 1),    G = |A|^2 / (|A|^2 + |D|^2 / 20).
 
 The quarter is what A may fall by beyond a bend that points against it for another reason, and 1 keeps a bend that points
 along A, as of a picture that grows into what guidance wants, from being undone.  Gaussian data of four variances, whose line
-has most of A's fall, ask for it (`benchmarks/members.py --told`).  The last factor is Wiener's gain again, as if the step were
-off by a share of D whatever A is: where A is small beside D its fall is no more than that.  In few steps with noise pictures
-lack contrast, for which too much guidance makes up; told all of A's fall they keep the lack.  The 20 is from the trained
-network of the demo, where |A| with guidance 4 and 7.5 is a half and two thirds of |D| in the second step of six, a fifth and
-a third in the fourth (`benchmarks/results/README.md`, 16).  A is asked for neither in a run's first step, at whose lambda
-nothing may be decided yet, nor after a step that has measured nothing.
+has most of A's fall, ask for it (`benchmarks/members.py --told`).
+
+G is Wiener's gain again, as if the step were off by a share of D whatever A is: where A is small beside D its fall is no more
+than that.  In few steps with noise pictures lack contrast, for which too much guidance makes up; told all of A's fall they
+keep the lack.  The 20 is from the trained network of the demo, where |A| with guidance 4 and 7.5 is a half and two thirds of
+|D| in the second step of six, a fifth and a third in the fourth (`benchmarks/results/README.md`, 16).  And of the change that
+could not be foreseen G is told: what cuts the line of a step with noise and no v counts 1 - G as much, since the overshoot
+that it is there for, with guidance 7.5, was A's fall.
+
+A is asked for neither in a run's first step, at whose lambda nothing may be decided yet, nor after a step that has measured
+nothing.
 
 **The last correction** of a short step.  The step to sigma = 0 returns D, and no evaluation follows to use the correction E
 of the state that D was made at.  To first order D changes by J E.  For Gaussian data dD / dlog lambda = -J (y - D), so that

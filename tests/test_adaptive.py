@@ -562,7 +562,8 @@ def test_without_a_variance_the_bend_is_the_lines_and_fades(common):
     inverse = torch.tensor([[0.0], [0.0], [0.0], [1e9]], dtype=torch.float64)
     sure, _, by_law, _ = measure.correction(measure.TENSORS, by(step), inverse)
     law = solver.Law(by_law, sure, newest, None)
-    weight, size, length = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)
+    weight, size, length, none = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)
+    assert none is None
     line = 0.4 / (1.0 + 0.25)
     assert size.flatten().tolist() == [2.0] * 4 and length.flatten().tolist() == [1.0] * 4
     if common == 1.0:
@@ -578,7 +579,7 @@ def test_without_a_variance_the_bend_is_the_lines_and_fades(common):
         one = [value[i:i + 1] for value in (denoised, newest, before)]
         alone = solver.Law(by_law, sure, m.rows(one[1]), None)
         for law_of in (alone, alone._replace(size=1.0)):        # |R_0| is measured, or known
-            assert solver._reach(m, step, floats, one[0], one[1:], law_of, None) == pytest.approx(
+            assert solver._reach(m, step, floats, one[0], one[1:], law_of, None)[:3] == pytest.approx(
                 (weight[i].item(), 2.0, 1.0), rel=1e-14)
     step = dataclasses.replace(step, bend=(0.1,))
     found = solver._reach(measure.TENSORS, step, by(step), denoised, [newest, before], law, None)[0]

@@ -9,10 +9,11 @@ from scipy.integrate import quad
 
 import ersde
 from benchmarks import members
-from ersde import PRESETS, History, Preset, measure
+from ersde import PRESETS, History, Preset, measure, solver
 from ersde.demo.network import CLASSES, SIZE, guided, load_model
 from ersde.noise_scale import get_noise_scale
 from ersde.process import get_process
+from ersde.solver import Law
 from ersde.solver import _amended as amended
 from ersde.weights import METHODS, Amend, Curve, Step, make_plan
 
@@ -238,24 +239,48 @@ def test_the_bend_and_what_is_added_have_the_excess_once(kind):
     for part, left in ((-0.8, 0.4), (0.0, 1.0), (2.0, 1.0), (-1.2, 0.25), (-9.0, 0.25)):
         change = part * x + other
         inner = lambda a, b: rule.inner(rule.rows(a), rule.rows(b))
-        found = float(measure.left(rule, by, weight, rule.take(bend, x), inner(x, change), inner(x, x), rule.take(0.0, x)))
+        found = float(measure.left(rule, by, weight, rule.take(bend, x), inner(x, change), inner(x, x)))
         assert found == pytest.approx(left)
         if 0.25 < left < 1.0:
             assert ((bend * change + found * weight * x) * x).sum() == pytest.approx(float(weight * (x * x).sum()))
 
 
 @pytest.mark.parametrize("kind", [measure.TENSORS, None], ids=["tensors", "floats"])
-def test_less_of_an_excess_is_added_where_it_is_small_beside_the_evaluation(kind):
+def test_less_of_an_excess_is_told_where_it_is_small_beside_the_evaluation(kind):
     """Wiener's gain |A|^2 / (|A|^2 + |D|^2 / 20): half at |A|^2 = |D|^2 / 20, nothing of nothing."""
     x = torch.ones(1, 200, dtype=torch.float64)
     rule = measure.kind(x) if kind is None else kind
-    by = measure.numbers(plan("ve", SCHEDULES["ve"]), 2, x.dtype, x.device, rule.floats)[1]
-    share = lambda size, far: float(measure.left(rule, by, -0.2, rule.take(0.1, x), rule.take(0.0, x), rule.take(size, x),
-                                                 rule.take(far, x)))
-    assert share(1.0, 20 ** 0.5) == pytest.approx(0.5)
-    assert share(4.0, 1.0) == pytest.approx(4.0 / 4.05)
-    assert share(1e20, 1.0) == pytest.approx(1.0) and share(1e-20, 1.0) == pytest.approx(2e-19)
-    assert share(0.0, 0.0) == 0.0 and share(0.0, 1.0) == 0.0 and share(1.0, 0.0) == 1.0
+    gain = lambda size, far: float(measure.told(rule, rule.take(size, x), rule.take(far, x)))
+    assert gain(1.0, 20 ** 0.5) == pytest.approx(0.5)
+    assert gain(4.0, 1.0) == pytest.approx(4.0 / 4.05)
+    assert gain(1e20, 1.0) == pytest.approx(1.0) and gain(1e-20, 1.0) == pytest.approx(2e-19)
+    assert gain(0.0, 0.0) == 0.0 and gain(0.0, 1.0) == 0.0 and gain(1.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("common", [1.0, 0.5])
+@pytest.mark.parametrize("kind", ["tensors", "floats"])
+def test_a_step_that_is_told_counts_less_of_a_change_as_unforeseen(kind, common):
+    """|D| = 4, |R| = |R_1| = 2 at right angles, |A|^2 = 0.8: G = 1/2 takes half of the line's cut, without noise nothing; and
+    what is added is G of what the bend has not got.
+    """
+    step = Step(1.0, 0.0, (), 0.0, bend=(0.4,), ratio=1.0, common=common, long=True, excess=-0.2,
+                reach=Curve((0.3, -0.3), (1.0, 0.0), 1.0, 0.04, 1.0),
+                amend=Amend(1.0, 1.0, Curve((0.2, 0.6), (0.7, 1.1), 1.0, 0.25, 1.0), 0.5))
+    denoised, change, before = (torch.tensor([row], dtype=torch.float64) for row in ([4.0, 0.0], [0.0, 2.0], [2.0, 0.0]))
+    lean = torch.tensor([[0.0, -0.8 ** 0.5]], dtype=torch.float64)
+    m = measure.TENSORS if kind == "tensors" else measure.kind(denoised)
+    alone = dataclasses.replace(plan("ve", SCHEDULES["ve"]), steps=(step,))
+    by = measure.numbers(alone, 2, denoised.dtype, denoised.device, m.floats)[0]
+    law = Law(m.take(0.0, denoised), m.take(0.0, denoised) > 0, m.rows(change), None)
+    reach = lambda *lean: solver._reach(m, step, by, denoised, [change, before], law, None, *lean)
+    cut = (0.25 / 0.14) ** 2
+    line = 0.4 / (1.25 * 2.0) if common == 1.0 else 0.4 / (1.0 + 0.5 * 0.25 + 0.5 * cut)
+    told = 0.4 / (1.25 * 2.0) if common == 1.0 else 0.4 / (1.0 + 0.5 * 0.25 + 0.25 * cut)
+    assert float(reach()[0]) == pytest.approx(line, rel=1e-9) and reach()[3] is None
+    weight, _, _, share = reach(lean)
+    assert float(weight) == pytest.approx(told, rel=1e-9)
+    assert float(share) == pytest.approx(0.5 * max(0.25, 1.0 - told * 2.0 / (0.2 * 0.8 ** 0.5)), rel=1e-9)
+    assert float(reach(torch.zeros_like(lean))[0]) == pytest.approx(line, rel=1e-9)
 
 
 def test_pictures_keep_their_contrast():
