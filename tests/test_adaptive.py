@@ -172,8 +172,8 @@ def test_what_adds_nothing_is_left_out(batch, monkeypatch):
     x = 14.6 * torch.randn(batch, 2, 4, 8, generator=torch.Generator().manual_seed(2))
     asked, out, reach = [], [], solver._reach
 
-    def spy(m, step, by, denoised, changes, law, before):
-        found = reach(m, step, by, denoised, changes, law, before)
+    def spy(m, step, by, denoised, changes, *others):
+        found = reach(m, step, by, denoised, changes, *others)
         for length, value in zip(found[1:], (denoised, changes[0])):
             assert np.ravel(length) == pytest.approx(value.flatten(1).double().norm(dim=1).numpy(), rel=1e-5)
         return found
