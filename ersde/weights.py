@@ -124,12 +124,12 @@ The quarter is what A may fall by beyond a bend that points against it for anoth
 along A, as of a picture that grows into what guidance wants, from being undone.  Gaussian data of four variances, whose line
 has most of A's fall, ask for it (`benchmarks/members.py --told`).
 
-G is Wiener's gain again, as if the step were off by a share of D whatever A is: where A is small beside D its fall is no more
-than that.  In few steps with noise pictures lack contrast, for which too much guidance makes up; told all of A's fall they
-keep the lack.  The 20 is from the trained network of the demo, where |A| with guidance 4 and 7.5 is a half and two thirds of
-|D| in the second step of six, a fifth and a third in the fourth (`benchmarks/results/README.md`, 16).  And of the change that
-could not be foreseen G is told: what cuts the line of a step with noise and no v counts 1 - G as much, since the overshoot
-that it is there for, with guidance 7.5, was A's fall.
+G is Wiener's gain again, as if the step were off by a share of D whatever A is: where A is small beside D its fall is no
+more than that.  In few steps with noise pictures lack contrast, for which too much guidance makes up; told all of A's fall
+they keep the lack.  The 20 is from the trained network of the demo, where |A| with guidance 4 and 7.5 is a half and two
+thirds of |D| in the second step of six, a fifth and a third in the fourth (`benchmarks/results/README.md`, 16).  And of the
+change that could not be foreseen G is told: what cuts the line of a step with noise and no v counts 1 - G as much, since
+the overshoot that it is there for, with guidance 7.5, was A's fall.
 
 A is asked for neither in a run's first step, at whose lambda nothing may be decided yet, nor after a step that has measured
 nothing.

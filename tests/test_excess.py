@@ -260,8 +260,8 @@ def test_less_of_an_excess_is_told_where_it_is_small_beside_the_evaluation(kind)
 @pytest.mark.parametrize("common", [1.0, 0.5])
 @pytest.mark.parametrize("kind", ["tensors", "floats"])
 def test_a_step_that_is_told_counts_less_of_a_change_as_unforeseen(kind, common):
-    """|D| = 4, |R| = |R_1| = 2 at right angles, |A|^2 = 0.8: G = 1/2 takes half of the line's cut, without noise nothing; and
-    what is added is G of what the bend has not got.
+    """|D| = 4, |R| = |R_1| = 2 at right angles, |A|^2 = 0.8: G = 1/2 takes half of the line's cut, without noise nothing;
+    and what is added is G of what the bend has not got.
     """
     step = Step(1.0, 0.0, (), 0.0, bend=(0.4,), ratio=1.0, common=common, long=True, excess=-0.2,
                 reach=Curve((0.3, -0.3), (1.0, 0.0), 1.0, 0.04, 1.0),
@@ -289,8 +289,8 @@ def test_pictures_keep_their_contrast():
 
     labels, x = torch.arange(40) % len(CLASSES), trained.start(range(40), "ve")
     call, sigmas = guided(load_model("ve"), labels, 4.0), trained.schedule("ve", 6)
-    run = lambda **kw: ersde.sample_preset(call, x, sigmas, Preset("noisy", "sde_4"), {"seed": 0}, disable=True, process="ve",
-                                           **kw).flatten(1).std(1).mean()
+    run = lambda **kw: ersde.sample_preset(call, x, sigmas, Preset("noisy", "sde_4"), {"seed": 0}, disable=True,
+                                           process="ve", **kw).flatten(1).std(1).mean()
     told, alone = run(excess=call.excess), run()
     assert 0.95 * alone < told < 0.99 * alone, told / alone
 
