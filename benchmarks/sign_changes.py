@@ -101,19 +101,20 @@ def report(cells: Sequence[Cell], found: Sequence[Found], command: str) -> str:
              f"guidance; {len(cells)} cells, in each {len(SWEEP)} s from {SWEEP[0]:g} to {SWEEP[-1]:g}.", "",
              f"ComfyUI's error changes its sign in {changed.sum()} of {len(cells)} cells, at {len(there)} s in all."]
     if len(there):
-        lines[-1] += (f" There it is {there[:, 0].max():.0e} at most, and that of the default {np.median(there[:, ours]):.4f} in "
-                      f"the median and {there[:, ours].max():.4f} at most; {near} of the {len(RULES)} rules are within 5 % of "
-                      "ComfyUI's at any of them.")
-    lines += ["", f"The default is more than 5 % further off than ComfyUI's formulas in {worse.mean():.1%} of all cells and s, and "
-              f"somewhere in {worse.any(1).sum()} of the cells, {worse[changed].any(1).sum()} of them cells with a change of "
-              "sign.", "",
+        own = there[:, ours]
+        lines[-1] += (f" There it is {there[:, 0].max():.0e} at most, and that of the default {np.median(own):.4f} in the median "
+                      f"and {own.max():.4f} at most; {near} of the {len(RULES)} rules are within 5 % of ComfyUI's at any of them.")
+    lines += ["", f"The default is more than 5 % further off than ComfyUI's formulas in {worse.mean():.1%} of all cells and s, "
+              f"and somewhere in {worse.any(1).sum()} of the cells, {worse[changed].any(1).sum()} of them cells with a change "
+              "of sign.", "",
               "| cells | with a change of sign | further off somewhere | of all s |", "|---|---|---|---|"]
     parts = {f"{n} steps": [cell.steps == n for cell in cells] for n in sorted({cell.steps for cell in cells})}
     parts.update({f"{p}, {s}": [(cell.process, cell.schedule) == (p, s) for cell in cells]
                   for p, kinds in variables.SCHEDULES.items() for s in kinds})
     for name, part in parts.items():
         if any(part):
-            lines.append(f"| {name} ({sum(part)}) | {changed[part].sum()} | {worse[part].any(1).sum()} | {worse[part].mean():.1%} |")
+            of = worse[part]
+            lines.append(f"| {name} ({sum(part)}) | {changed[part].sum()} | {of.any(1).sum()} | {of.mean():.1%} |")
     lines += ["", "| cell | s at which ComfyUI's error is 0 | the default's there | the nearest rule's |", "|---|---|---|---|"]
     for cell, one in zip(cells, found):
         member = cell.member if cell.eta in (0, 1) else f"{cell.member} at eta {cell.eta:g}"

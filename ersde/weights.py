@@ -54,8 +54,8 @@ that is common to their nodes (`_shared`), since fresh noise makes D rough.  And
 amplify errors, after steps much shorter than their successors; with noise third and higher differences drop sooner, wherever
 steps grow (`_ADAMS_BASHFORTH`).  None changes the order of convergence of the ODE, or with noise that of orders up to 3.
 
-**Long steps**, longer than `_FULL`, or `_FULL_NOISY` with much noise, are too long for polynomials; few steps are all of
-this kind.  They use what a polynomial does not know: that D is an estimate of x_0.  By Tweedie's formula D = y - lambda^2 e,
+**Long steps**, longer than `_FULL`, or than `_SHORT` for a member with much noise, are no matter for polynomials, which want a
+smooth D; few steps are all of this kind.  They use what a polynomial does not know: that D is an estimate of x_0.  By Tweedie's formula D = y - lambda^2 e,
 y = x / alpha, with e = (y - D) / lambda^2 minus the score of y.  For data of variance v around some mean, e = (y - mean) /
 (v + lambda^2), so that D = mean + v e: between any two states, on one trajectory or not and whatever noise came between
 them, D changes by v times what e changes by.  So two evaluations measure v, for each picture, in the directions in which D
@@ -496,8 +496,9 @@ class Plan:
 _SHORT = 0.05
 # Steps up to this log length take one node more with the corrector; longer ones go by the variance of the data.
 _FULL = 0.5
-# The same where the noise is new by more than a fifth: a high order is of no use there, and the variance is.
-_HELD, _FULL_NOISY = 0.8, 0.2
+# The same where the noise is new by more than a fifth, or would be at its rate in a step of `_RATED`: there it is `_SHORT`,
+# since a high order is of no use, and the variance is.
+_HELD, _RATED = 0.8, 0.2
 # Rounding counts lambda_s / lambda_t times in what a step measures of the variance: a longer step does not ask for it.
 _LONGEST = 30.0
 # Below this lambda pictures of unit size are done.
@@ -690,8 +691,8 @@ class _Exact:
         self.now = [first + i for i in moving]
         self.length = np.abs(np.log(integrals.lam_s) - np.log(integrals.lam_t)).tolist()
         self.short = [length <= _SHORT or not adapt for length in self.length]
-        self.full = [length <= (_FULL if held > _HELD else _FULL_NOISY)
-                     for length, held in zip(self.length, np.exp(2.0 * integrals.log_rho).tolist())]
+        self.full = [length <= (_SHORT if _noisy(length, log_rho) else _FULL)
+                     for length, log_rho in zip(self.length, integrals.log_rho.tolist())]
         self.law = _Law(integrals, self.now, lost) if adapt and variable.name == "lambda" else None
         # The corrector of a short step drops the oldest node for the new one, so its predictor may have one more.
         most = [order + 1 if corrector and full else order for full in self.full]
@@ -987,6 +988,11 @@ def _shared(log_g_new: float, log_g_old: float) -> float:
     noise did to D is not smooth, and they would amplify it.  1 for the ODE, and for every member as steps get short.
     """
     return math.exp(min(0.0, 2.0 * (log_g_new - log_g_old)))
+
+
+def _noisy(length: float, log_rho: float) -> bool:
+    """Whether much of the noise is new after a step, or would be at its rate in one of `_RATED`."""
+    return 2.0 * log_rho * max(length, _RATED) <= math.log(_HELD) * length
 
 
 def _fresh(lam_s: float, lam_t: float, held: float) -> float:

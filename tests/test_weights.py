@@ -152,6 +152,17 @@ def test_last_step_returns_the_denoiser():
     assert plan([10.0, 0.0]).steps[-1].settle is None
 
 
+@pytest.mark.parametrize("scale, eta, length, long", [
+    ("ode", 0.0, 0.45, False), ("ode", 0.0, 0.55, True),
+    ("sde", 1.0, 0.045, False), ("sde", 1.0, 0.055, True), ("sde", 1.0, 0.19, True), ("sde", 1.0, 0.21, True),
+    # Half of that noise is new by a fifth in steps of 0.223 = -log 0.8 alone.
+    ("sde_2", 1.0, 0.19, False), ("sde_2", 1.0, 0.22, False), ("sde_2", 1.0, 0.23, True), ("sde", 0.5, 0.22, False),
+    ("sde", 0.55, 0.19, False), ("sde", 0.57, 0.06, True), ("sde_5", 1.0, 0.1, False), ("sde_5", 1.0, 0.45, False)])
+def test_long_steps_are_those_with_much_new_noise_or_without_a_polynomial(scale, eta, length, long):
+    steps = plan(np.exp(-length * np.arange(8)), scale=scale, eta=eta).steps
+    assert all(step.long == long for step in steps[:-1])
+
+
 def test_orders_ramp_up():
     sigmas = np.geomspace(10, 0.1, 12)
     assert plan(sigmas, order=3, corrector=False).orders == (1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3)
