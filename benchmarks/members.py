@@ -3,6 +3,7 @@
     python -m benchmarks.members [--quick] [--out DIR] [--steps N ...] [--guidance G ...]
     python -m benchmarks.members --ode [...]
     python -m benchmarks.members --told [...]
+    python -m benchmarks.members --default [...]
 
 benchmarks/variables.py measures the ODE member by the error of each picture; this measures every member with noise by the
 law of all its pictures, which a sample tells only roughly.  So the data are Gaussian: pictures whose pixels are of four
@@ -18,7 +19,7 @@ default also that of the finished pictures, at sigma = 0, in which what the data
 missing with every sampler.
 
 DIR gets members.md and members.json.  With --ode the member without noise is measured on the same data, in files whose names
-end in _ode.  With --told the default is told what guidance adds to D_class, as the hosts tell it (`excess` of
+end in _ode.  With --default the default alone is, in files whose names end in _default.  With --told the default is told what guidance adds to D_class, as the hosts tell it (`excess` of
 `ersde.sample_preset`), in all cells with guidance, in files whose names end in _told.
 """
 from __future__ import annotations
@@ -243,14 +244,14 @@ def parts_of(held: Sequence[dict]) -> List[str]:
     return lines
 
 
-def report(done: List[dict], command: str, told: bool = False) -> str:
-    """The Markdown tables."""
+def report(done: List[dict], command: str, told: bool = False, alone: bool = False) -> str:
+    """The Markdown tables; alone: of the default alone."""
     member = lambda c: c["member"] if c["eta"] == 1 else f"{c['member']}, eta {c['eta']:g}"
     parts = {"By guidance and steps": None, "By member": columns(done, member),
              "By schedule": columns(done, lambda c: f"{c['process']}, {c['schedule']}"),
              "By steps": columns(done, lambda c: f"{c['steps']} steps")}
     noise = "with noise" if any(cell["eta"] for cell in done) else "without noise"
-    heading = f"The members {noise}, told what guidance adds" if told else \
+    heading = f"The members {noise}, told what guidance adds" if told else f"The default, members {noise}" if alone else \
         f"Interpolation variable, order, corrector and trust rule of the members {noise}"
     lines = [f"# {heading}", "", f"    {command}", "",
              f"torch {torch.__version__}; the solver has the digest {variables.DIGEST}; {len(done)} cells. Gaussian data of "
@@ -275,6 +276,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.members", description=__doc__.splitlines()[0])
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--ode", action="store_true", help="the member without noise, on the same data")
+    kind.add_argument("--default", action="store_true", help="the default alone")
     kind.add_argument("--told", action="store_true", help="the default told what guidance adds, as in the hosts")
     parser.add_argument("--quick", action="store_true", help="6 and 10 steps, guidance 1 and 7.5")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
@@ -287,14 +289,15 @@ def main(argv=None) -> None:
         stem, command = f"{stem}_quick", f"{command} --quick"
     if args.ode:
         stem, command, kinds = f"{stem}_ode", f"{command} --ode", ODE
-    if args.told:
-        stem, command = f"{stem}_told", f"{command} --told"
+    for name in ("default", "told"):
+        if getattr(args, name):
+            stem, command = f"{stem}_{name}", f"{command} --{name}"
     scales = (1.0, 7.5) if args.quick else GUIDANCE
     guidance = args.guidance or [scale for scale in scales if scale != 1.0 or not args.told]
     for name, values in (("steps", args.steps), ("guidance", args.guidance)):
         command += f" --{name} {' '.join(f'{v:g}' for v in values)}" if values else ""
     bar = tqdm(cells(args.steps or ((6, 10) if args.quick else STEPS), guidance, kinds))
-    rows = [COMFYUI, DEFAULT] if args.told else grid()
+    rows = [COMFYUI, DEFAULT] if args.told or args.default else grid()
     done = []
     for cell in bar:
         bar.set_description(cell.name)
@@ -304,7 +307,7 @@ def main(argv=None) -> None:
     result = {"command": command, "torch": torch.__version__, "digest": variables.DIGEST,
               "rows": variables.summaries(done), "cells": short}
     variables._write(args.out / f"{stem}.json", json.dumps(variables._rounded(result), separators=(",", ":")) + "\n")
-    variables._write(args.out / f"{stem}.md", report(done, command, args.told))
+    variables._write(args.out / f"{stem}.md", report(done, command, args.told, args.default))
 
 
 if __name__ == "__main__":

@@ -177,6 +177,18 @@ def test_the_command_measures_the_member_without_noise_too(tmp_path, monkeypatch
     assert len(cells) == 32 and {(cell["member"], cell["eta"]) for cell in cells} == {("ode", 0.0)}
 
 
+def test_the_command_measures_the_default_alone(tmp_path):
+    members.main(["--default", "--quick", "--steps", "6", "--guidance", "1", "--out", str(tmp_path)])
+    text = (tmp_path / "members_quick_default.md").read_text()
+    assert "# The default, members with noise\n" in text
+    assert "python -m benchmarks.members --quick --default --steps 6 --guidance 1\n" in text
+    found = json.loads((tmp_path / "members_quick_default.json").read_text())["cells"]
+    assert len(found) == 56 and all(set(cell["ratio"]) == {COMFYUI.name, DEFAULT.name} for cell in found)
+    one = measure(Cell("ve", 1.0, "sde_3", 1.0, "beta", 6), [COMFYUI, DEFAULT])
+    kept = [cell for cell in found if all(cell[name] == one[name] for name in ("process", "member", "eta", "schedule"))]
+    assert [cell["ratio"][DEFAULT.name] for cell in kept] == pytest.approx([one["ratio"][DEFAULT.name]], rel=1e-3)
+
+
 def test_a_dip_of_comfyui_is_told_from_what_is_further_off():
     """ComfyUI's distance falls like 1 / steps^2: the default's at 10 steps is above that, or ComfyUI's own below it."""
     def cell(member, steps, own, comfyui):
