@@ -2,7 +2,7 @@
 
     WEBUI_PATH          the WebUI's folder, the one with launch.py; nothing in it is changed
     WEBUI_PYTHON        its interpreter; else its venv's, else the one that runs the tests
-    WEBUI_ARGS          further flags for launch.py, e.g. "--always-cpu" for Forge, "--cpu" for Forge Neo
+    WEBUI_ARGS          further flags for launch.py, e.g. "--always-cpu" for Forge and reForge, "--cpu" for Forge Neo
     WEBUI_CHECKPOINT    the checkpoint's name, else the first one it finds
     WEBUI_REFINER       another checkpoint of the same kind, else the first other one
     WEBUI_FLOW          what makes a request one of a flow model, as JSON, if there is such a thing; run its test by itself
