@@ -55,11 +55,11 @@ amplify errors, after steps much shorter than their successors; with noise third
 steps grow (`_ADAMS_BASHFORTH`).  None changes the order of convergence of the ODE, or with noise that of orders up to 3.
 
 **Long steps**, longer than `_FULL`, or than `_SHORT` for a member with much noise, are no matter for polynomials, which want a
-smooth D; few steps are all of this kind.  They use what a polynomial does not know: that D is an estimate of x_0.  By Tweedie's formula D = y - lambda^2 e,
-y = x / alpha, with e = (y - D) / lambda^2 minus the score of y.  For data of variance v around some mean, e = (y - mean) /
-(v + lambda^2), so that D = mean + v e: between any two states, on one trajectory or not and whatever noise came between
-them, D changes by v times what e changes by.  So two evaluations measure v, for each picture, in the directions in which D
-changes (`Amend`):
+smooth D; few steps are all of this kind.  They use what a polynomial does not know: that D is an estimate of x_0.  By Tweedie's
+formula D = y - lambda^2 e, y = x / alpha, with e = (y - D) / lambda^2 minus the score of y.  For data of variance v around some
+mean, e = (y - mean) / (v + lambda^2), so that D = mean + v e: between any two states, on one trajectory or not and whatever
+noise came between them, D changes by v times what e changes by.  So two evaluations measure v, for each picture, in the
+directions in which D changes (`Amend`):
 
     1 / v = <R, e_0 - e_1> / |R|^2.
 
