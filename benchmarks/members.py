@@ -19,8 +19,9 @@ default also that of the finished pictures, at sigma = 0, in which what the data
 missing with every sampler.
 
 DIR gets members.md and members.json.  With --ode the member without noise is measured on the same data, in files whose names
-end in _ode.  With --default the default alone is, in files whose names end in _default.  With --told the default is told what guidance adds to D_class, as the hosts tell it (`excess` of
-`ersde.sample_preset`), in all cells with guidance, in files whose names end in _told.
+end in _ode.  With --default the default alone is, in files whose names end in _default.  With --told the default is told what
+guidance adds to D_class, as the hosts tell it (`excess` of `ersde.sample_preset`), in all cells with guidance, in files whose
+names end in _told.
 """
 from __future__ import annotations
 
