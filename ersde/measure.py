@@ -20,8 +20,8 @@ from .weights import Amend, Plan, Step
 Tensor = torch.Tensor
 Number = Union[float, np.ndarray, Tensor]
 """One number per picture: shape (batch, 1, ...), or a float for a picture alone."""
-Rows = Union[Tensor, Sequence[Tensor]]
-"""A state, for sums over each picture: as it is, or each picture's numbers one after the other."""
+Rows = Union[Tensor, np.ndarray]
+"""A state, for sums over each picture: as it is, or numpy's view of it, shape (batch * parts, 1, numbers of a part)."""
 
 HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
@@ -30,6 +30,7 @@ _FAR = 1e6          # the largest |R| / |D| that is told from infinity: its four
 _UNFORESEEN = 0.14    # (|R| / |D|)^2 (1 - r)^2 of a change that halves the line of a step without a v
 _LEFT = 0.25        # of guidance's excess, what a long step's bend leaves at least
 _BESIDE = 0.05      # |A|^2 / |D|^2 of an excess of which a long step adds half
+_PART = 8192        # numbers that numpy's library adds up in one thread
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
@@ -84,18 +85,18 @@ def _float_div(a: float, b: float) -> float:
 class Floats:
     """Numbers of a picture alone on the CPU.
 
-    A weight gets into an operation by the one tensor that is kept for it, and a sum out of it by another: what is asked of
-    the CPU is done at once.
+    A weight gets into an operation by the one tensor that is kept for it; sums are numpy's, over the state's own memory: one
+    call for all pictures of a batch, in which each is added up as it is alone.
 
     Attributes:
         dtype: the state's.
         weight: that tensor, shape (batch, 1, ...).
         cell: numpy's view of its numbers.
-        sums: the other, a tensor per picture.
-        found: numpy's view of all of them, of weight's shape.
-        count: the numbers of a picture.
-        lined: whether pictures are whole cache lines.  A library's inner product adds up in another order where memory
-            begins elsewhere in a line, and a picture of a batch would not be the picture alone.
+        shape: of a number per picture, weight's.
+        parts: the parts of equal size that a picture's numbers are summed in, at most `_PART` numbers: from 10000 on numpy's
+            library asks its threads for help, which cost more than they do.  0 where a picture is not whole cache lines, or
+            has no such parts.  A library's inner product adds up in another order where memory begins elsewhere in a line,
+            and a picture of a batch would not be the picture alone.
     """
 
     addcmul = staticmethod(lambda a, b, c, value=1.0: a + value * b * c)
@@ -108,29 +109,27 @@ class Floats:
     floats = True
 
     def __init__(self, x: Tensor):
-        self.dtype, batch = x.dtype, x.shape[0]
-        self.cell, found = np.zeros((2, batch), np.float64 if x.dtype == torch.float64 else np.float32)
-        shape = (batch, *(1,) * (x.ndim - 1))
-        self.weight, self.found = torch.from_numpy(self.cell).view(shape), found.reshape(shape)
-        self.sums = torch.from_numpy(found).unbind()
-        self.count = math.prod(x.shape[1:])
-        self.lined = self.count * x.element_size() % 64 == 0
+        self.dtype, batch, count = x.dtype, x.shape[0], math.prod(x.shape[1:])
+        self.cell = np.zeros(batch, np.float64 if x.dtype == torch.float64 else np.float32)
+        self.shape = (batch, *(1,) * (x.ndim - 1))
+        self.weight = torch.from_numpy(self.cell).view(self.shape)
+        self.parts = _parts(count) if count * x.element_size() % 64 == 0 else 0
+        self._lying = batch * max(1, self.parts), 1, count // max(1, self.parts)
+        self._standing = self._lying[0], self._lying[2], 1
 
     def quiet(self):
         return _AS_IT_IS
 
     def rows(self, x):
-        return (x if x.dtype is self.dtype else x.to(self.dtype)).reshape(-1)
+        x = x.detach() if x.requires_grad else x
+        return (x if x.dtype is self.dtype else x.to(self.dtype)).numpy().reshape(self._lying)
 
     def inner(self, x, y, free=False):
-        self._sum(x, y, self.sums[0])
-        return self.found.item()
+        return sum(self.products(x, y).ravel().tolist())
 
-    def _sum(self, x: Tensor, y: Tensor, out: Tensor) -> None:
-        if self.lined:
-            torch.dot(x, y, out=out)
-        else:
-            torch.sum(x * y, 0, out=out)
+    def products(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The inner products of the parts, those of a picture one after the other."""
+        return np.matmul(x, y.reshape(self._standing)) if self.parts else (x * y).sum(-1)
 
     def length(self, x):
         return self.sqrt(self.inner(x, x))
@@ -152,6 +151,13 @@ class Floats:
         return torch.addcmul(like(x, change), change, self._held(weight, value), out=out)
 
 
+@functools.lru_cache(maxsize=32)
+def _parts(count: int) -> int:
+    """The fewest equal parts of at most `_PART` numbers, or 0 where they would have less than an eighth of that."""
+    least = max(1, -(-count // _PART))
+    return next((parts for parts in range(least, 8 * least + 1) if count % parts == 0), 0)
+
+
 class Arrays(Floats):
     """Numbers of a batch on the CPU."""
 
@@ -162,13 +168,9 @@ class Arrays(Floats):
     def quiet(self):
         return np.errstate(all="ignore")
 
-    def rows(self, x):
-        return like(x, self.weight).reshape(-1, self.count).unbind() if self.count else ()
-
     def inner(self, x, y, free=False):
-        for a, b, out in zip(x, y, self.sums):
-            self._sum(a, b, out)
-        return self.found.astype(np.float64)
+        by_picture = self.products(x, y).reshape(self.shape[0], -1).tolist()
+        return np.array([sum(parts) for parts in by_picture]).reshape(self.shape)
 
     def _held(self, weight, value=1.0):
         self.cell[:] = np.ravel(value * weight)
@@ -180,7 +182,7 @@ class Arrays(Floats):
     def take(self, value, x):
         if value is None or isinstance(value, np.ndarray):
             return value
-        return np.full(self.found.shape, value) if isinstance(value, float) else value.cpu().numpy().astype(np.float64)
+        return np.full(self.shape, value) if isinstance(value, float) else value.cpu().numpy().astype(np.float64)
 
 
 Kind = Union[Tensors, Floats]
