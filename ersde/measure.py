@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -31,6 +32,7 @@ _UNFORESEEN = 0.14    # (|R| / |D|)^2 (1 - r)^2 of a change that halves the line
 _LEFT = 0.25        # of guidance's excess, what a long step's bend leaves at least
 _BESIDE = 0.05      # |A|^2 / |D|^2 of an excess of which a long step adds half
 _PART = 8192        # numbers that numpy's library adds up in one thread
+_LARGE = 1e30       # 1 / v times this is 1 or more for any v
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
@@ -212,6 +214,8 @@ class Numbers(NamedTuple):
         most: 2 + fresh (1 + ratio^2), the trust's.
         line: the first bend of the `Step`.
         level, usual: of its `Amend`, 1 / usual.
+        rest, room: what the slope of D is for a negative v, rest + room / v: 1 and the `Amend`'s room; where that is 0, 0 and
+            a number so large that any positive v gives 1.
         curve: start, end, scale, top_0, top_1, bottom_0 and bottom_1 of the `Amend`'s curve and of `Step.reach`: each of
             shape (2, 1, ...), or both curves' floats; () without an `Amend`.
         one, zero: 1 and 0.
@@ -222,6 +226,8 @@ class Numbers(NamedTuple):
     line: Number
     level: Number
     usual: Number
+    rest: Number
+    room: Number
     curve: Tuple
     one: Number
     zero: Number
@@ -233,9 +239,11 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device, flo
     scales, rows, curves = [], [], []
     for step in plan.steps:
         amend = step.amend
-        level, usual = (0.0, 0.0) if amend is None else (amend.level, 1.0 / amend.usual)
+        of_amend = (0.0,) * 4
+        if amend is not None:
+            of_amend = (amend.level, 1.0 / amend.usual, *((1.0, amend.room) if amend.room else (0.0, _LARGE)))
         scales.append(step.x_scale)
-        rows.append((2.0 + step.fresh * (1.0 + step.ratio ** 2), step.bend[0] if step.bend else 0.0, level, usual))
+        rows.append((2.0 + step.fresh * (1.0 + step.ratio ** 2), step.bend[0] if step.bend else 0.0, *of_amend))
         both = () if amend is None else (amend.curve, step.reach or amend.curve)
         curves.append(tuple((c.start, c.end, c.scale, *c.top, *c.bottom) for c in both))
     make = lambda values: torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype).to(device)
@@ -247,9 +255,9 @@ def numbers(plan: Plan, ndim: int, dtype: torch.dtype, device: torch.device, flo
     made = make([1.0, 0.0, *scales, *flat, *pairs])
     one, zero, *single = made[:2 + len(scales) + len(flat)].unbind()
     pairs = iter(made[2 + len(single):].reshape(-1, 7, 2, *(1,) * ndim).unbind())
-    return tuple(Numbers(scale, *single[len(scales) + 4 * i:len(scales) + 4 * i + 4],
-                         next(pairs).unbind() if curve else (), one, zero)
-                 for i, (scale, curve) in enumerate(zip(single, curves)))
+    of_step = iter(single[len(scales):])
+    return tuple(Numbers(scale, *itertools.islice(of_step, len(row)), next(pairs).unbind() if curve else (), one, zero)
+                 for scale, row, curve in zip(single, rows, curves))
 
 
 @functools.lru_cache(None)
@@ -259,8 +267,9 @@ def rest(ndim: int) -> Tuple[int, ...]:
 
 
 def inverse_variance(m: Kind, by: Numbers, amend: Amend, along: Number, size: Number) -> Number:
-    """1 / v of each picture, 0 where there is none, from <R_0, e_0 - e_1> without its factor and |R_0|."""
-    return m.clamp(m.addcdiv(by.zero, along, m.clamp(size * size, min=TINY), value=amend.factor), 0.0, _SURE)
+    """1 / v of each picture, from <R_0, e_0 - e_1> without its factor and |R_0|; no less than -1 / room, or than 0."""
+    least = -1.0 / amend.room if amend.room else 0.0
+    return m.clamp(m.addcdiv(by.zero, along, m.clamp(size * size, min=TINY), value=amend.factor), least, _SURE)
 
 
 def unexplained(m: Kind, by: Numbers, along: Number, moved: Number, size: Number) -> Number:
@@ -274,12 +283,15 @@ def unexplained(m: Kind, by: Numbers, along: Number, moved: Number, size: Number
 
 
 def correction(m: Kind, by: Numbers, inverse: Number) -> Tuple[Number, Number, Number, Number]:
-    """By 1 / v: whether there is a v, alpha k of the correction, the step's own bend, v / (v + level), the slope of D."""
+    """By 1 / v: whether there is a v, alpha k of the correction, the step's own bend, and the slope of D, v / (v + level), of
+    a negative v (v + room) / (v + level).
+    """
     sure = inverse > by.zero
     used = m.where(sure, inverse, by.usual)
     weight, by_law = (_curve(m, by.one, curve, used) for curve in by.curve) if m.floats else \
         _curve(m, by.one, by.curve, used).unbind()
-    return sure, weight, by_law, sure / m.addcmul(by.one, inverse, by.level)
+    slope = m.clamp(m.addcmul(by.rest, inverse, by.room), 0.0, 1.0) / m.addcmul(by.one, inverse, by.level)
+    return sure, weight, by_law, slope
 
 
 def _curve(m: Kind, one: Number, curve: Tuple, inverse: Number) -> Number:
@@ -333,7 +345,7 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
     alone = by_line
     if along is not None:
         share = m.clamp(share, 0.0, _FAR)
-        odd = share * (by.one - m.clamp(along / newest / m.clamp(before, min=TINY), -1.0, 1.0))
+        odd = m.addcmul(share, share, m.clamp(along / newest / m.clamp(before, min=TINY), -1.0, 1.0), value=-1.0)
         odd = odd * odd
         wide = m.addcmul(by.one, share, share, value=1.0 - step.common)
         cut = odd if guided is None else odd * (by.one - guided)

@@ -91,6 +91,12 @@ the moment at which a picture decides for one of two things) there is no v.
 * J_t is the derivative of D at the new state.  By E, what the correction moves y by, D moves by J E, and so the evaluation
   is corrected too, to first order, for this step and as the past of the next ones.  That the only evaluation of a step is
   made at a state that is then corrected is the larger part of all error in few steps.
+* Past an infinite v, where the product above is negative, D has changed by more than y has: J_s = v / (v + lambda_s^2) is
+  above 1, and infinite at v = -lambda_s^2.  No k and no bend follow from that, but the derivative at the new state does not
+  vanish at once.  It is taken for J_t / J_s = (v + lambda_s^2) / (v + lambda_t^2), which falls from 1 to 0 in between, so
+  that guidance which grows does not switch the correction of the evaluations off in one go.  A second model call in each
+  step shows 0.1 to 0.5 there, on mixtures and on the trained network, and less beyond.  From lambda = infinity D has no such
+  slope, and the last evaluation has one from a positive v alone: in few dimensions it overshoots.
 * v is that of the direction in which D changed, on the whole step.  Where a picture has just decided, the step still has the
   large v of the decision, and D at its end has not.  For the steps before the last that matters little; the last evaluation
   is the result.  There v is at most that of all directions together, which the length of lambda e tells: it is the noise
@@ -378,8 +384,9 @@ class Amend:
 
         E = k R_0 - V,  alpha k = curve(v),  x += alpha E,  D_0 += E v / (v + level).
 
-    V is the bend of that step.  Where the product is not positive, k is that of v = usual, and D_0 is left alone.  In half
-    precision, where lambda is so small that y - D is lost in rounding, v is that of the step before.
+    V is the bend of that step.  Where the product is not positive, k is that of v = usual, and D_0 += E (v + room) /
+    (v + level) while v < -room, and is left alone beyond that.  In half precision, where lambda is so small that y - D is
+    lost in rounding, v is that of the step before.
 
     Attributes:
         alpha: of the new state, y = x / alpha.
@@ -388,6 +395,7 @@ class Amend:
         usual: the v without a measurement, lambda_s lambda_t.
         measure: whether v is measured.
         limit: of v in D_0's correction, where D_0 is the result.
+        room: lambda_s^2, down to minus which a negative v corrects D_0 too; 0 where none does.
     """
 
     alpha: float
@@ -396,6 +404,7 @@ class Amend:
     usual: float
     measure: bool = True
     limit: Optional[Limit] = None
+    room: float = 0.0
 
     @property
     def factor(self) -> float:
@@ -853,7 +862,8 @@ class _Law:
         limit = None
         if s_noise is not None:
             limit = Limit(0.0, 0.0, 1.0) if math.isinf(s) else Limit(s * s, held, (1.0 - held) * min(s_noise, _LOUD) ** 2)
-        return Amend(alpha, t * t, curve, float(self.usual[r]), bool(self.measure[r]), limit)
+        room = s * s if limit is None and math.isfinite(s) else 0.0
+        return Amend(alpha, t * t, curve, float(self.usual[r]), bool(self.measure[r]), limit, room)
 
     def reach(self, r: int, alpha: float) -> Curve:
         """Of step r after the step before it, both long."""

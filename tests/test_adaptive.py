@@ -368,18 +368,65 @@ def test_no_variance_where_the_evaluations_go_the_other_way():
     model = lambda x, sigma, **_: 0.2 * x
     model.process = "ve"
     x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for inverse in measured(model, x, torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=torch.float64)):
-        assert (inverse == 0).all()
+    sigmas = [3.0, 1.0, 0.3, 0.0]
+    # 1 / v is -4 / sigma^2 of the new state, which is more than a slope is taken from; of the last evaluation none is.
+    for sigma, inverse in zip(sigmas, measured(model, x, torch.tensor(sigmas, dtype=torch.float64))):
+        assert inverse.tolist() == 2 * [[pytest.approx(-1.0 / sigma ** 2) if sigma == 3.0 else 0.0]]
     curve = Curve((0.2, 0.6), (0.7, 1.1), 1.0, 0.25, 1.0)
     amend = Amend(alpha=1.0, level=0.25, curve=curve, usual=0.5)
-    numbers = by(Step(1.0, 0.0, (), 0.0, amend=amend))
     change = torch.randn(2, 16, dtype=torch.float64)
-    changes = [change.clone()]
-    score = 1.2 * x
-    denoised, inverse, *_ = amended(measure.TENSORS, amend, numbers, score, -0.2 * x, changes, [100.0 * change],
-                                    1.0 / amend.factor, (), None)
-    assert (inverse == 0).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
-    torch.testing.assert_close(score + denoised - x, change * at(curve, 0.5))
+    for amend in (amend, dataclasses.replace(amend, room=1.0)):
+        numbers, changes, score = by(Step(1.0, 0.0, (), 0.0, amend=amend)), [change.clone()], 1.2 * x
+        denoised, inverse, *_ = amended(measure.TENSORS, amend, numbers, score, -0.2 * x, changes, [100.0 * change],
+                                        1.0 / amend.factor, (), None)
+        assert (inverse == -amend.room).all() and torch.equal(denoised, -0.2 * x) and torch.equal(changes[0], change)
+        torch.testing.assert_close(score + denoised - x, change * at(curve, 0.5))
+
+
+@pytest.mark.parametrize("kind", ["tensors", "floats"])
+def test_the_slope_of_a_negative_variance(kind):
+    """(v + l_s^2) / (v + l_t^2), which goes on from v / (v + l_t^2) at infinity, to 0 at -l_s^2; 0 where there is no room."""
+    curve = Curve((0.2, 0.6), (0.7, 1.1), 1.0, 0.25, 4.0)
+    inverse = torch.tensor([1e3, 2.0, 1e-9, -1e-9, -0.05, -0.125, -0.2, -0.25], dtype=torch.float64)
+    v = 1.0 / inverse
+    for room, want in ((4.0, torch.where(v > 0, v / (v + 0.25), (v + 4.0) / (v + 0.25))), (0.0, (v > 0) * v / (v + 0.25))):
+        amend = Amend(1.0, 0.25, curve, 1.0, room=room)
+        numbers = by(Step(1.0, 0.0, (), 0.0, amend=amend), floats=kind == "floats")
+        if kind == "floats":
+            m = measure.Floats(torch.zeros(1, 8, dtype=torch.float64))
+            found = [measure.correction(m, numbers, one) for one in inverse.tolist()]
+            sure, weight, _, slope = (torch.tensor(one, dtype=torch.float64) for one in zip(*found))
+        else:
+            sure, weight, _, slope = (one.flatten() for one in measure.correction(measure.TENSORS, numbers, inverse[:, None]))
+        torch.testing.assert_close(slope, want, rtol=1e-9, atol=1e-9)
+        assert sure.bool().tolist() == (inverse > 0).tolist()
+        assert (weight[3:] == weight[-1]).all()             # the usual one
+
+
+@pytest.mark.parametrize("process, sigmas", LONG)
+def test_which_steps_have_a_slope_of_a_negative_variance(process, sigmas):
+    """All but the first from infinity and the last."""
+    made, lam = plan(sigmas, process, "sde_5", 1.0), get_process(process).lam(np.array(sigmas))
+    for i, step in enumerate(made.steps[1:], 1):
+        inner = np.isfinite(lam[i - 1]) and i < len(made.steps) - 1
+        assert step.amend.room == (pytest.approx(lam[i - 1] ** 2) if inner else 0.0)
+
+
+@pytest.mark.parametrize("kw", [{"eta": 0.0}, {"eta": 1.0, "noise_scale": "sde_5"}], ids=str)
+def test_no_jump_where_the_variance_becomes_infinite(kw):
+    """Guidance that grows turns 1 / v of a step negative: the error of a run does not jump there."""
+    slopes = torch.tensor([0.999, 1.001], dtype=torch.float64)
+
+    class Linear:
+        process = "ve"
+
+        def __call__(self, x, sigma, **_):              # D changes by this much of what y does: v / (v + sigma^2) = 1
+            return x * slopes[:, None]
+
+    x = torch.randn(1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(2, 1)
+    out = ersde.sample_er_sde(Linear(), x, torch.tensor([3.0, 1.5, 0.7, 0.3, 0.12], dtype=torch.float64), disable=True,
+                              process="ve", noise_sampler=lambda s, t: torch.ones_like(x), **kw)
+    assert (out[0] - out[1]).abs().max() < 0.02 * out.abs().max()
 
 
 @pytest.mark.parametrize("process, sigmas", LONG)
