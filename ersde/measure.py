@@ -120,7 +120,7 @@ class Floats:
         self._standing = self._lying[0], self._lying[2], 1
 
     def quiet(self):
-        return _AS_IT_IS
+        return np.errstate(all="ignore")
 
     def rows(self, x):
         x = x.detach() if x.requires_grad else x
@@ -167,11 +167,8 @@ class Arrays(Floats):
     div, where, maximum, minimum, sqrt = map(staticmethod, (np.divide, np.where, np.maximum, np.minimum, np.sqrt))
     clamp = staticmethod(lambda a, min, max=None: np.maximum(a, min) if max is None else np.minimum(np.maximum(a, min), max))
 
-    def quiet(self):
-        return np.errstate(all="ignore")
-
     def inner(self, x, y, free=False):
-        by_picture = self.products(x, y).reshape(self.shape[0], -1).tolist()
+        by_picture = self.products(x, y).reshape(self.shape[0], max(1, self.parts)).tolist()
         return np.array([sum(parts) for parts in by_picture]).reshape(self.shape)
 
     def _held(self, weight, value=1.0):

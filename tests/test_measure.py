@@ -45,8 +45,9 @@ def test_what_a_model_returns_may_be_anything_with_numbers(batch):
     plain = m.inner(m.rows(x), m.rows(x))
     for other in (x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_(), x.double()):
         assert np.array_equal(m.inner(m.rows(other), m.rows(other)), plain)
-    empty = measure.kind(x[..., :0])
-    assert np.all(empty.inner(empty.rows(x[..., :0]), empty.rows(x[..., :0])) == 0.0)
+    for none in (x[..., :0], x[:0]):
+        empty = measure.kind(none)
+        assert np.all(empty.inner(empty.rows(none), empty.rows(none)) == 0.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -58,3 +59,12 @@ def test_what_is_not_finite_stays_so(bad):
     x[0, 0, 0, 0] = bad
     found = m.inner(m.rows(x), m.rows(x)).ravel()
     assert not math.isfinite(found[0]) and found[1] == want
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shape", [(4, 8), (3, 5)])         # in parts, and not in whole cache lines
+def test_what_is_too_large_is_infinite_without_a_warning(batch, shape):
+    x = torch.full((batch, *shape), 1e200, dtype=torch.float64)
+    m = measure.kind(x)
+    with m.quiet():
+        assert np.all(m.inner(m.rows(x), m.rows(x)) == math.inf)
