@@ -62,6 +62,7 @@ def test_what_is_not_finite_stays_so(bad):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("shape", [(4, 8), (3, 5)])         # in parts, and not in whole cache lines
 def test_what_is_too_large_is_infinite_without_a_warning(batch, shape):
     x = torch.full((batch, *shape), 1e200, dtype=torch.float64)
