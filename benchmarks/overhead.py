@@ -3,11 +3,10 @@
     python -m benchmarks.overhead [--steps 20] [--shape 1 4 64 64] [--repeats 100] [--json FILE] [--device cuda [--busy MS]]
 
 The model and the noise return tensors made beforehand, so every operation counted is the sampler's own.  Operations are
-the outermost aten calls that the torch profiler sees in a whole run, over its steps, and on the CPU the inner products that
-numpy takes in the CPU's own memory; calls that give the same tensor again, as those by which torch hands that memory out, are
-none.  A read-back is a call that brings a number from the device to Python (item, a branch on a tensor; not what numpy gives,
-for which nothing is waited for).  Times are medians over the repeats, which take the samplers in turns, with the 95 %
-interval of the median by bootstrap; the ratios are what to read on a machine with other work.
+the outermost aten calls that the torch profiler sees in a whole run, over its steps; a read-back is a call that brings a
+number from the device to Python (item, a branch on a tensor; not numpy's look at the CPU's own memory, for which nothing is
+waited for, and which has two operations that do nothing).  Times are medians over the repeats, which take the samplers
+in turns, with the 95 % interval of the median by bootstrap; the ratios are what to read on a machine with other work.
 
 Every repeat is two runs over a schedule that no repeat before had: the first makes what depends on the schedule, the second,
 as the next picture's, finds it made.  Set-up, until the first model call, is given of both, all else of the second.  The
@@ -30,8 +29,7 @@ import sys
 import time
 import weakref
 from types import SimpleNamespace
-from typing import Callable, Dict, List, Tuple
-from unittest import mock
+from typing import Callable, Dict, Tuple
 
 import numpy as np
 import torch
@@ -40,8 +38,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ersde
-
-_SAME = ("aten::detach", "aten::resolve_conj", "aten::resolve_neg")
 
 
 class Canned:
@@ -127,25 +123,13 @@ def count(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tens
     """Outermost operations and read-backs of one run, per step."""
     steps = len(sigmas) - 1
     model.reset()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, summed() as products:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         function(model, x, sigmas, model.draw)
     events = profiler.events()
-    outer = outermost(profiler)
+    outer = [e for e in events if e.name.startswith("aten::") and (
+        e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::"))]
     backs = [e for e in events if e.name == "aten::_local_scalar_dense"] + [e for e in outer if e.name == "aten::equal"]
-    return {"operations": (len(outer) + products.call_count) / steps, "read_backs": len(backs) / steps}
-
-
-def outermost(profiler: profile) -> List:
-    """The aten calls that are no part of another, but for those that give the same tensor again."""
-    return [e for e in profiler.events() if e.name.startswith("aten::") and e.name not in _SAME
-            and (e.name != "aten::to" or e.cpu_children)
-            and (e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::"))]
-
-
-def summed():
-    """A context that counts the inner products that `ersde.measure` asks numpy for: `call_count` of what it gives."""
-    own = ersde.measure.Floats.products
-    return mock.patch.object(ersde.measure.Floats, "products", autospec=True, side_effect=own)
+    return {"operations": len(outer) / steps, "read_backs": len(backs) / steps}
 
 
 def timed(function: Callable, model: Canned, x: torch.Tensor, sigmas: torch.Tensor) -> Tuple[float, float]:

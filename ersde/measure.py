@@ -21,8 +21,8 @@ from .weights import Amend, Plan, Step
 Tensor = torch.Tensor
 Number = Union[float, np.ndarray, Tensor]
 """One number per picture: shape (batch, 1, ...), or a float for a picture alone."""
-Rows = Union[Tensor, np.ndarray]
-"""A state, for sums over each picture: as it is, or numpy's view of it, shape (batch * parts, 1, numbers of a part)."""
+Rows = Union[Tensor, Sequence[Tensor]]
+"""A state, for sums over each picture: as it is, or each picture's numbers one after the other."""
 
 HALF = (torch.float16, torch.bfloat16)
 TINY = 1e-30       # keeps 0 / 0 of evaluations that do not change at all from being NaN
@@ -31,7 +31,6 @@ _FAR = 1e6          # the largest |R| / |D| that is told from infinity: its four
 _UNFORESEEN = 0.14    # (|R| / |D|)^2 (1 - r)^2 of a change that halves the line of a step without a v
 _LEFT = 0.25        # of guidance's excess, what a long step's bend leaves at least
 _BESIDE = 0.05      # |A|^2 / |D|^2 of an excess of which a long step adds half
-_PART = 8192        # numbers that numpy's library adds up in one thread
 _LARGE = 1e30       # 1 / v times this is 1 or more for any v
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
@@ -87,18 +86,18 @@ def _float_div(a: float, b: float) -> float:
 class Floats:
     """Numbers of a picture alone on the CPU.
 
-    A weight gets into an operation by the one tensor that is kept for it; sums are numpy's, over the state's own memory: one
-    call for all pictures of a batch, in which each is added up as it is alone.
+    A weight gets into an operation by the one tensor that is kept for it, and a sum out of it by another: what is asked of
+    the CPU is done at once.
 
     Attributes:
         dtype: the state's.
         weight: that tensor, shape (batch, 1, ...).
         cell: numpy's view of its numbers.
-        shape: of a number per picture, weight's.
-        parts: the parts of equal size that a picture's numbers are summed in, at most `_PART` numbers: from 10000 on numpy's
-            library asks its threads for help, which cost more than they do.  0 where a picture is not whole cache lines, or
-            has no such parts.  A library's inner product adds up in another order where memory begins elsewhere in a line,
-            and a picture of a batch would not be the picture alone.
+        sums: the other, a tensor per picture.
+        found: numpy's view of all of them, of weight's shape.
+        count: the numbers of a picture.
+        lined: whether pictures are whole cache lines.  A library's inner product adds up in another order where memory
+            begins elsewhere in a line, and a picture of a batch would not be the picture alone.
     """
 
     addcmul = staticmethod(lambda a, b, c, value=1.0: a + value * b * c)
@@ -111,27 +110,29 @@ class Floats:
     floats = True
 
     def __init__(self, x: Tensor):
-        self.dtype, batch, count = x.dtype, x.shape[0], math.prod(x.shape[1:])
-        self.cell = np.zeros(batch, np.float64 if x.dtype == torch.float64 else np.float32)
-        self.shape = (batch, *(1,) * (x.ndim - 1))
-        self.weight = torch.from_numpy(self.cell).view(self.shape)
-        self.parts = _parts(count) if count * x.element_size() % 64 == 0 else 0
-        self._lying = batch * max(1, self.parts), 1, count // max(1, self.parts)
-        self._standing = self._lying[0], self._lying[2], 1
+        self.dtype, batch = x.dtype, x.shape[0]
+        self.cell, found = np.zeros((2, batch), np.float64 if x.dtype == torch.float64 else np.float32)
+        shape = (batch, *(1,) * (x.ndim - 1))
+        self.weight, self.found = torch.from_numpy(self.cell).view(shape), found.reshape(shape)
+        self.sums = torch.from_numpy(found).unbind()
+        self.count = math.prod(x.shape[1:])
+        self.lined = self.count * x.element_size() % 64 == 0
 
     def quiet(self):
-        return np.errstate(all="ignore")
+        return _AS_IT_IS
 
     def rows(self, x):
-        x = x.detach() if x.requires_grad else x
-        return (x if x.dtype is self.dtype else x.to(self.dtype)).numpy().reshape(self._lying)
+        return (x if x.dtype is self.dtype else x.to(self.dtype)).reshape(-1)
 
     def inner(self, x, y, free=False):
-        return sum(self.products(x, y).ravel().tolist())
+        self._sum(x, y, self.sums[0])
+        return self.found.item()
 
-    def products(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The inner products of the parts, those of a picture one after the other."""
-        return np.matmul(x, y.reshape(self._standing)) if self.parts else (x * y).sum(-1)
+    def _sum(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        if self.lined:
+            torch.dot(x, y, out=out)
+        else:
+            torch.sum(x * y, 0, out=out)
 
     def length(self, x):
         return self.sqrt(self.inner(x, x))
@@ -153,13 +154,6 @@ class Floats:
         return torch.addcmul(like(x, change), change, self._held(weight, value), out=out)
 
 
-@functools.lru_cache(maxsize=32)
-def _parts(count: int) -> int:
-    """The fewest equal parts of at most `_PART` numbers, or 0 where they would have less than an eighth of that."""
-    least = max(1, -(-count // _PART))
-    return next((parts for parts in range(least, 8 * least + 1) if count % parts == 0), 0)
-
-
 class Arrays(Floats):
     """Numbers of a batch on the CPU."""
 
@@ -167,9 +161,16 @@ class Arrays(Floats):
     div, where, maximum, minimum, sqrt = map(staticmethod, (np.divide, np.where, np.maximum, np.minimum, np.sqrt))
     clamp = staticmethod(lambda a, min, max=None: np.maximum(a, min) if max is None else np.minimum(np.maximum(a, min), max))
 
+    def quiet(self):
+        return np.errstate(all="ignore")
+
+    def rows(self, x):
+        return like(x, self.weight).reshape(-1, self.count).unbind() if self.count else ()
+
     def inner(self, x, y, free=False):
-        by_picture = self.products(x, y).reshape(self.shape[0], max(1, self.parts)).tolist()
-        return np.array([sum(parts) for parts in by_picture]).reshape(self.shape)
+        for a, b, out in zip(x, y, self.sums):
+            self._sum(a, b, out)
+        return self.found.astype(np.float64)
 
     def _held(self, weight, value=1.0):
         self.cell[:] = np.ravel(value * weight)
@@ -181,7 +182,7 @@ class Arrays(Floats):
     def take(self, value, x):
         if value is None or isinstance(value, np.ndarray):
             return value
-        return np.full(self.shape, value) if isinstance(value, float) else value.cpu().numpy().astype(np.float64)
+        return np.full(self.found.shape, value) if isinstance(value, float) else value.cpu().numpy().astype(np.float64)
 
 
 Kind = Union[Tensors, Floats]

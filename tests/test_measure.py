@@ -28,28 +28,6 @@ def test_an_inner_product_is_the_same_in_a_batch_and_alone(shape, dtype):
     assert ((torch.from_numpy(found).flatten() - want).abs() / scale).max() < 30 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("count", [0, 1, 64, 8192, 8208, 16384, 65536, 3 * 8192, 63232, 10007, 16 * 10007, 2 * 9973])
-def test_the_parts_of_a_picture_are_equal_and_small(count):
-    parts = measure._parts(count)
-    if parts:
-        assert count % parts == 0 and count // parts <= measure._PART
-        assert count < 1024 or count // parts >= measure._PART // 16
-    assert parts == {10007: 0, 2 * 9973: 0, 16 * 10007: 0, 65536: 8, 63232: 8, 8208: 2, 0: 1}.get(count, parts)
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_what_a_model_returns_may_be_anything_with_numbers(batch):
-    """Not contiguous, with a gradient, of another dtype, of no numbers at all."""
-    x = torch.randn(batch, 2, 4, 8, generator=torch.Generator().manual_seed(0))
-    m = measure.kind(x)
-    plain = m.inner(m.rows(x), m.rows(x))
-    for other in (x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_(), x.double()):
-        assert np.array_equal(m.inner(m.rows(other), m.rows(other)), plain)
-    for none in (x[..., :0], x[:0]):
-        empty = measure.kind(none)
-        assert np.all(empty.inner(empty.rows(none), empty.rows(none)) == 0.0)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_so(bad):
     """And in its own picture: what is measured of the others does not change."""
@@ -59,13 +37,3 @@ def test_what_is_not_finite_stays_so(bad):
     x[0, 0, 0, 0] = bad
     found = m.inner(m.rows(x), m.rows(x)).ravel()
     assert not math.isfinite(found[0]) and found[1] == want
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("shape", [(4, 8), (3, 5)])         # in parts, and not in whole cache lines
-def test_what_is_too_large_is_infinite_without_a_warning(batch, shape):
-    x = torch.full((batch, *shape), 1e200, dtype=torch.float64)
-    m = measure.kind(x)
-    with m.quiet():
-        assert np.all(m.inner(m.rows(x), m.rows(x)) == math.inf)
