@@ -332,7 +332,7 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
 
     Args:
         by_law, sure: the bend by v, and whether there is a v.
-        size, newest, before: |D_0|, |R_0| and, where the step has a ratio, |R_1|.
+        size, newest, before: |D_0|, |R_0| and, where the step has a ratio, |R_1|, the last two above 0.
         along: <R_0, R_1> where the step has a ratio and noise.
         guided: `told`, where the step is told what guidance adds.
     """
@@ -343,7 +343,7 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
     alone = by_line
     if along is not None:
         share = m.clamp(share, 0.0, _FAR)
-        odd = m.addcmul(share, share, m.clamp(along / newest / m.clamp(before, min=TINY), -1.0, 1.0), value=-1.0)
+        odd = m.addcmul(share, share, m.clamp(along / newest / before, -1.0, 1.0), value=-1.0)
         odd = odd * odd
         wide = m.addcmul(by.one, share, share, value=1.0 - step.common)
         cut = odd if guided is None else odd * (by.one - guided)

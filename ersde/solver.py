@@ -268,7 +268,8 @@ def _amended(m: Kind, amend: Amend, by: Numbers, score: Tensor, denoised: Tensor
     if amend.limit is not None and amend.measure:
         count = math.prod(score.shape[1:])
         slope = m.minimum(slope, measure.mean_slope(m, amend, count, m.length(m.rows(score)), turn, old))
-        gain = m.div(weight * slope, m.clamp(by.one - weight * slope * slope * slope / amend.alpha, min=0.5))
+        gain = weight * slope
+        gain = m.div(gain, m.clamp(m.addcmul(by.one, gain * slope, slope, value=-1.0 / amend.alpha), min=0.5))
     if not m.none(gain):
         denoised, size = m.add(denoised, found, gain, 1.0 / amend.alpha), None
         m.add_(change, found, gain, 1.0 / amend.alpha)
@@ -292,7 +293,7 @@ def _reach(m: Kind, step: Step, by: Numbers, denoised: Tensor, changes: Sequence
     if step.ratio != 0.0:
         last = m.rows(changes[1])
         if before is None:
-            before = m.length(last)
+            before = m.clamp(m.length(last), min=TINY)
         if step.common != 1.0:
             along = m.inner(law.rows, last)
     weight, share = measure.reach(m, by, step, law.bend, law.sure, far, newest, before, along, told), None
