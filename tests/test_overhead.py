@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import ersde
-from benchmarks.overhead import Canned, Held, count, memory
+from benchmarks.overhead import Canned, Held, bare, count, memory, samplers
 from ersde import measure
 
 
@@ -27,6 +27,18 @@ def test_few_operations_and_no_read_back_in_short_steps(order, steps):
     found = operations(steps, order=order)
     assert found["operations"] <= 15
     assert found["read_backs"] == 0
+
+
+def test_the_least_that_a_step_can_take_is_the_same_solver():
+    """The row that nothing can be below: order 1 number for number, in the three operations of its formula."""
+    x, noise = torch.randn(2, 4, 16, 16), [torch.randn(2, 4, 16, 16) for _ in range(10)]
+    sigmas = torch.cat([torch.logspace(1.1, -1.5, 10), torch.zeros(1)])
+    run = lambda function: function(lambda x, sigma: torch.sin(x) / (1.0 + sigma.view(-1, 1, 1, 1)), x, sigmas,
+                                    lambda *_, drawn=iter(noise): next(drawn))
+    assert torch.equal(run(bare), run(samplers()["ersde exact, order 1"]))
+    # What is made once of the schedule is shared out to 200 steps.
+    many = torch.cat([torch.logspace(1.1, -1.5, 200), torch.zeros(1)])
+    assert count(bare, Canned(x, 200), x, many)["operations"] < 3.2
 
 
 @pytest.mark.parametrize("order", [1, 3])
