@@ -1,9 +1,9 @@
 """What a step measures of each picture, and the weights that follow from it (formulas: `ersde.weights`).
 
-All of it is arithmetic on a few numbers per picture, written once for three kinds of them.  On a device they are tensors,
+All of it is arithmetic on a few numbers per picture, written once for all kinds of them.  On a device they are tensors,
 and nothing is read back from it.  On the CPU, where they are in the memory that Python works on, they are floats of 64 bits:
-a torch operation on one number costs fifty times what a float's does.  A picture alone has Python's, a batch numpy's, whose
-arithmetic is the same, so that a picture of a batch is the picture alone.
+a torch operation on one number costs fifty times what a float's does.  A picture alone has Python's, a few have Python's one
+after the other, a batch numpy's, whose arithmetic is the same, so that a picture of a batch is the picture alone.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import math
-from typing import NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ import torch
 from .weights import Amend, Plan, Step
 
 Tensor = torch.Tensor
-Number = Union[float, np.ndarray, Tensor]
-"""One number per picture: shape (batch, 1, ...), or a float for a picture alone."""
+Number = Union[float, "Several", np.ndarray, Tensor]
+"""One number per picture: shape (batch, 1, ...), a float for a picture alone, or `Several` floats for a few."""
 Rows = Union[Tensor, Sequence[Tensor]]
 """A state, for sums over each picture: as it is, or each picture's numbers one after the other."""
 
@@ -32,6 +32,7 @@ _UNFORESEEN = 0.14    # (|R| / |D|)^2 (1 - r)^2 of a change that halves the line
 _LEFT = 0.25        # of guidance's excess, what a long step's bend leaves at least
 _BESIDE = 0.05      # |A|^2 / |D|^2 of an excess of which a long step adds half
 _LARGE = 1e30       # 1 / v times this is 1 or more for any v
+_FEW = 8            # pictures for which numpy's functions take longer than Python's, one picture after the other
 _SURE = 1e12        # the largest 1 / v: times lambda^2 it stays far from float32's largest
 
 
@@ -68,7 +69,10 @@ class Tensors:
     def take(self, value: Optional[Number], x: Tensor) -> Optional[Number]:
         """Numbers that another run left, in whatever form."""
         # The dtype first: Apple's GPUs have no float64.
-        return value if value is None or isinstance(value, Tensor) else torch.as_tensor(value, dtype=x.dtype).to(x.device)
+        if value is None or isinstance(value, Tensor):
+            return value
+        found = torch.as_tensor(value, dtype=x.dtype).to(x.device)
+        return found.reshape(-1, *(1,) * (x.ndim - 1)) if isinstance(value, Several) else found
 
     def add_(self, x: Tensor, change: Tensor, weight: Number, value: float = 1.0) -> Tensor:
         """x += value * weight * change"""
@@ -141,7 +145,9 @@ class Floats:
         return weight == 0.0
 
     def take(self, value, x):
-        return value if value is None or isinstance(value, float) else value.item()
+        if value is None or isinstance(value, float):
+            return value
+        return value[0] if isinstance(value, Several) else value.item()
 
     def _held(self, weight, value=1.0) -> Tensor:
         self.cell[0] = value * weight
@@ -152,6 +158,62 @@ class Floats:
 
     def add(self, x, change, weight, value=1.0, out=None):
         return torch.addcmul(like(x, change), change, self._held(weight, value), out=out)
+
+
+class Several(list):
+    """The numbers of a few pictures."""
+
+    __slots__ = ()
+
+    def __mul__(self, other):
+        if isinstance(other, list):
+            return Several([a * b for a, b in zip(self, other)])
+        return Several([a * other for a in self])
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other):
+        return Several([a - b for a, b in zip(self, other)])
+
+
+def _each(function: Callable) -> Callable:
+    """A function of floats that takes and returns those of several pictures: a tuple of them where it returns one."""
+
+    def of_several(*args, **kwargs):
+        columns = [arg if isinstance(arg, Several) else itertools.repeat(arg) for arg in args]
+        found = [function(*row, **kwargs) for row in zip(*columns)]
+        return tuple(map(Several, zip(*found))) if isinstance(found[0], tuple) else Several(found)
+
+    return of_several
+
+
+class Few(Floats):
+    """Numbers of a few pictures on the CPU: in what is measured of them they are those of each picture alone."""
+
+    div, minimum, clamp, sqrt = (staticmethod(_each(f)) for f in (Floats.div, Floats.minimum, Floats.clamp, Floats.sqrt))
+    addcmul = staticmethod(_each(Floats.addcmul))
+
+    def rows(self, x):
+        return like(x, self.weight).reshape(-1, self.count).unbind()
+
+    def inner(self, x, y, free=False):
+        for a, b, out in zip(x, y, self.sums):
+            self._sum(a, b, out)
+        return Several(self.found.ravel().tolist())
+
+    def _held(self, weight, value=1.0):
+        self.cell[:] = [value * one for one in weight]
+        return self.weight
+
+    def none(self, weight):
+        return not any(weight)
+
+    def take(self, value, x):
+        if value is None or isinstance(value, Several):
+            return value
+        if isinstance(value, float):
+            return Several([value] * len(self.sums))
+        return Several(value.ravel().tolist())
 
 
 class Arrays(Floats):
@@ -177,11 +239,13 @@ class Arrays(Floats):
         return self.weight
 
     def none(self, weight):
-        return not np.any(weight)
+        return not weight.any()
 
     def take(self, value, x):
         if value is None or isinstance(value, np.ndarray):
             return value
+        if isinstance(value, Several):
+            return np.array(value).reshape(self.found.shape)
         return np.full(self.found.shape, value) if isinstance(value, float) else value.cpu().numpy().astype(np.float64)
 
 
@@ -192,7 +256,9 @@ def kind(x: Tensor) -> Kind:
     """The numbers of a run with such a state."""
     if x.device.type != "cpu":
         return TENSORS
-    return Floats(x) if x.shape[0] == 1 else Arrays(x)
+    if x.shape[0] == 1:
+        return Floats(x)
+    return Few(x) if 1 < x.shape[0] <= _FEW and x.numel() else Arrays(x)
 
 
 TENSORS = Tensors()
@@ -264,12 +330,20 @@ def rest(ndim: int) -> Tuple[int, ...]:
     return tuple(range(1, ndim))
 
 
+def _of_each(function: Callable) -> Callable:
+    """`function(m, ...)`, for `Few` that of the numbers of each picture."""
+    several = _each(functools.partial(function, Floats))
+    return functools.wraps(function)(lambda m, *args: several(*args) if isinstance(m, Few) else function(m, *args))
+
+
+@_of_each
 def inverse_variance(m: Kind, by: Numbers, amend: Amend, along: Number, size: Number) -> Number:
     """1 / v of each picture, from <R_0, e_0 - e_1> without its factor and |R_0|; no less than -1 / room, or than 0."""
     least = -1.0 / amend.room if amend.room else 0.0
     return m.clamp(m.addcdiv(by.zero, along, m.clamp(size * size, min=TINY), value=amend.factor), least, _SURE)
 
 
+@_of_each
 def unexplained(m: Kind, by: Numbers, along: Number, moved: Number, size: Number) -> Number:
     """1 - cos^2 of R_0 and e_0 - e_1, the share of |R_0|^2 that no v explains; 1 where their product is not positive.
 
@@ -280,6 +354,7 @@ def unexplained(m: Kind, by: Numbers, along: Number, moved: Number, size: Number
     return by.one - cos * cos
 
 
+@_of_each
 def correction(m: Kind, by: Numbers, inverse: Number) -> Tuple[Number, Number, Number, Number]:
     """By 1 / v: whether there is a v, alpha k of the correction, the step's own bend, and the slope of D, v / (v + level), of
     a negative v (v + room) / (v + level).
@@ -299,6 +374,7 @@ def _curve(m: Kind, one: Number, curve: Tuple, inverse: Number) -> Number:
     return m.div(m.addcmul(top, q, steep), m.addcmul(bottom, q, deep))
 
 
+@_of_each
 def mean_slope(m: Kind, amend: Amend, count: int, now: Number, turn: float, old: Optional[Number]) -> Number:
     """v / (v + level) of the mean over all directions, see `ersde.weights.Limit`.
 
@@ -320,12 +396,14 @@ def mean_slope(m: Kind, amend: Amend, count: int, now: Number, turn: float, old:
     return m.div(room, m.clamp(room + m.clamp(gain, min=0.0) * level, min=TINY))
 
 
+@_of_each
 def missed(m: Kind, ratio: float, size: Number, last: Number, along: Number) -> Number:
     """|R_0 - ratio R_1| from |R_0|, |R_1| and <R_0, R_1>.  Rounding counts where it is too small to matter."""
     last = ratio * last
     return m.sqrt(m.clamp(size * size + last * last - 2.0 * ratio * along, min=0.0))
 
 
+@_of_each
 def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: Number, newest: Number,
           before: Optional[Number], along: Optional[Number], guided: Optional[Number] = None) -> Number:
     """The weight on R_0 of a long step's bend.
@@ -355,11 +433,13 @@ def reach(m: Kind, by: Numbers, step: Step, by_law: Number, sure: Number, size: 
     return m.where(sure, m.maximum(by_law, by_line), alone)
 
 
+@_of_each
 def told(m: Kind, size: Number, far: Number) -> Number:
     """|A|^2 / (|A|^2 + |D_0|^2 / 20), from |A|^2 and |D_0|: how far a long step goes by what it is told of guidance."""
     return m.div(size, m.clamp(size + _BESIDE * far * far, min=TINY))
 
 
+@_of_each
 def left(m: Kind, by: Numbers, weight: float, bend: Number, along: Number, size: Number) -> Number:
     """What a long step's bend w R_0 has not got of c_A A: 1 - w <R_0, A> / (c_A |A|^2), a quarter to all.
 
@@ -371,6 +451,7 @@ def left(m: Kind, by: Numbers, weight: float, bend: Number, along: Number, size:
     return m.clamp(by.one - m.div(bend * along, weight * m.clamp(size, min=TINY)), _LEFT, 1.0)
 
 
+@_of_each
 def trust(m: Kind, by: Numbers, step: Step, size: Number, newest: Number, miss: Optional[Number]) -> Number:
     """theta = clamp(2 - m^2, 0, 1) / (1 + s^2), m made fair to fresh noise (see `ersde.weights`).
 

@@ -35,7 +35,7 @@ def trust(denoised, newest, before, ratio=1.0, fresh=0.0):
     as_tensor = lambda v: torch.tensor([v], dtype=torch.float64)
     d, changes = as_tensor(denoised), [as_tensor(newest), as_tensor(before)]
     found = _trust(measure.TENSORS, step, by(step), d, changes, None)[0].item()
-    for m in (measure.Floats(d), measure.Arrays(d)):
+    for m in (measure.Floats(d), measure.Few(d), measure.Arrays(d)):
         for known in (None, np.linalg.norm(before)):
             with m.quiet():
                 value = np.squeeze(_trust(m, step, by(step, floats=True), d, changes, known)[0])
@@ -119,7 +119,7 @@ def test_full_trust_is_the_plan_that_does_not_adapt(monkeypatch):
     model = gaussian(0.5, 0.3)
     sigmas = karras(25)
     x = model.start(4, 14.6, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(measure, "trust", lambda m, by, *_: by.one)
+    monkeypatch.setattr(measure, "trust", lambda m, by, step, size, *_: m.div(size, size))
     plans = [plan(sigmas.numpy(), adapt=adapt) for adapt in (False, True)]
     assert [any(step.bend for step in made.steps) for made in plans] == [False, True]
     out = [run(made, model, x, sigmas, None, {}, None, True) for made in plans]
@@ -140,7 +140,9 @@ def test_a_picture_of_a_batch_is_the_picture_alone(process, schedule, kw, dtype,
                                             noise_sampler=lambda s, t: torch.ones_like(x), **{"eta": 0.0, **kw})
         both = run(start)
         assert torch.equal(torch.cat([run(start[i:i + 1]) for i in range(3)]), both)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch:        # as in a batch of many
+            patch.setattr(measure, "kind", measure.Arrays)
+            assert torch.equal(run(start), both)
             patch.setattr(measure, "kind", lambda x: measure.TENSORS)
             torch.testing.assert_close(run(start), both, rtol=0, atol=200 * torch.finfo(dtype).eps)
 
@@ -165,7 +167,7 @@ def test_a_step_from_the_score_is_the_step_from_the_state(process, sigmas, kw):
     torch.testing.assert_close(*out, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 10])
 def test_what_adds_nothing_is_left_out(batch, monkeypatch):
     """Steps without a variance are the same, bit for bit, as with the additions of 0 that they leave out."""
     model = lambda x, sigma: torch.tanh(x.flip(-1) / (0.3 + sigma.reshape(-1, 1, 1, 1))) - 0.1 * x
@@ -179,9 +181,9 @@ def test_what_adds_nothing_is_left_out(batch, monkeypatch):
         return found
 
     monkeypatch.setattr(solver, "_reach", spy)
-    for answer in (lambda self, weight: asked.append(bool(np.all(weight == 0.0))) or asked[-1], lambda self, weight: False):
-        monkeypatch.setattr(measure.Floats, "none", answer)
-        monkeypatch.setattr(measure.Arrays, "none", answer)
+    for answer in (lambda self, weight: asked.append(not np.any(weight)) or asked[-1], lambda self, weight: False):
+        for form in (measure.Floats, measure.Few, measure.Arrays):
+            monkeypatch.setattr(form, "none", answer)
         out.append(ersde.sample_er_sde(model, x, karras(12).float(), disable=True, process="ve", eta=0.0))
     assert any(asked) and not all(asked)
     assert torch.equal(*out)
@@ -341,7 +343,7 @@ def measured(model, x, sigmas, **kw):
 
     def spy(m, amend, *args):
         out = amended(m, amend, *args)
-        found.append(torch.as_tensor(out[1]))
+        found.append(torch.as_tensor(np.ravel(out[1])[:, None]))
         return out
 
     with pytest.MonkeyPatch.context() as patch:
@@ -651,8 +653,9 @@ def test_the_evaluation_follows_the_correction(process, std):
         _, score, raw, changes, _, _, bent, *_ = args
         start, change, slope = score + amend.alpha * raw, changes[0].clone(), std ** 2 / (std ** 2 + amend.level)
         out = amended(m, amend, *args)
-        found = torch.as_tensor(at(amend.curve, 1.0 / out[1])) * change
-        found -= sum(torch.as_tensor(part) * other for part, other in zip(bent, changes[1:]))
+        number = lambda value: measure.TENSORS.take(value, change)
+        found = at(amend.curve, 1.0 / number(out[1])) * change
+        found -= sum(number(part) * other for part, other in zip(bent, changes[1:]))
         if amend.limit is not None:
             found /= max(1.0 - at(amend.curve, std ** 2) * slope ** 3 / amend.alpha, 0.5)
         seen.append((start + found, out[0], raw))

@@ -214,13 +214,16 @@ def test_parts_of_a_picture_alone(process, preset):
     model, x, sigmas = problem(process)
     x = x[:1]
     assert torch.equal(in_parts(model, x, sigmas, preset, (2, 4, 7)), sample(model, x, sigmas, preset))
-    forms = {"floats": 0.5, "array": np.full((1, 1), 0.5), "tensor": torch.full((1, 1), 0.5)}
-    for m, form in ((measure.Floats(x), float), (measure.Arrays(x), np.ndarray), (measure.TENSORS, torch.Tensor)):
+    one = (1,) * x.ndim
+    values = 0.5, measure.Several([0.5]), np.full(one, 0.5), torch.full(one, 0.5)
+    for m, form in ((measure.Floats(x), float), (measure.Few(x), measure.Several), (measure.Arrays(x), np.ndarray),
+                    (measure.TENSORS, torch.Tensor)):
         assert m.take(None, x) is None
-        for value in forms.values():
+        for value in values:
             here = m.take(value, x)
-            assert isinstance(here, form) and here == value
-            assert form is not torch.Tensor or here.dtype == x.dtype
+            assert isinstance(here, form) and np.ravel(here) == [0.5]
+            assert form is not np.ndarray or here.shape == one
+            assert form is not torch.Tensor or here.dtype == x.dtype and here.shape == (() if value is values[0] else one)
 
 
 class Dtypes(TorchDispatchMode):
