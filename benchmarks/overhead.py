@@ -122,7 +122,7 @@ def samplers(device: str = "cpu") -> Dict[str, Callable]:
     found = {"ersde exact": ours(), "ersde exact, ODE": ours(eta=0.0), "ersde exact, no corrector": ours(corrector=False),
              "ersde exact, told the guidance": guided,
              "ersde exact, order 5": ours(order=5), "ersde exact, order 1": ours(order=1, corrector=False),
-            "ersde comfyui": ours(method="comfyui"), "order 1, nothing checked": bare}
+             "ersde comfyui": ours(method="comfyui"), "order 1, nothing checked": bare}
     if os.environ.get("COMFYUI_PATH"):
         found["ComfyUI er_sde"] = _comfyui(os.environ["COMFYUI_PATH"], device)
     try:

@@ -95,8 +95,8 @@ the moment at which a picture decides for one of two things) there is no v.
   above 1, and infinite at v = -lambda_s^2.  No k and no bend follow from that, but the derivative at the new state does not
   vanish at once.  It is taken for J_t / J_s = (v + lambda_s^2) / (v + lambda_t^2), which falls from 1 to 0 in between, so
   that guidance which grows does not switch the correction of the evaluations off in one go.  A second model call in each
-  step shows 0.1 to 0.5 there, on mixtures and on the trained network, and less beyond.  From lambda = infinity D has no such
-  slope, and the last evaluation has one from a positive v alone: in few dimensions it overshoots.
+  step shows 0.06 to 0.44 there, on mixtures and on the trained network, and less beyond (`benchmarks.slopes`).  From lambda =
+  infinity D has no such slope, and the last evaluation has one from a positive v alone: in few dimensions it overshoots.
 * v is that of the direction in which D changed, on the whole step.  Where a picture has just decided, the step still has the
   large v of the decision, and D at its end has not.  For the steps before the last that matters little; the last evaluation
   is the result.  There v is at most that of all directions together, which the length of lambda e tells: it is the noise
