@@ -75,6 +75,7 @@ class Watched:
         return out
 
     def again(self, x: Tensor) -> Tensor:
+        """D at the state x, of the sigma of the newest call."""
         return self.model(x, self.sigma)
 
 

@@ -187,19 +187,26 @@ def _each(function: Callable) -> Callable:
     return of_several
 
 
-class Few(Floats):
+class _Batch(Floats):
+    """What the numbers of several pictures on the CPU have in common: each picture is summed up by itself."""
+
+    def rows(self, x):
+        return like(x, self.weight).reshape(-1, self.count).unbind() if self.count else ()
+
+    def _sums(self, x: Rows, y: Rows) -> np.ndarray:
+        for a, b, out in zip(x, y, self.sums):
+            self._sum(a, b, out)
+        return self.found
+
+
+class Few(_Batch):
     """Numbers of a few pictures on the CPU: in what is measured of them they are those of each picture alone."""
 
     div, minimum, clamp, sqrt = (staticmethod(_each(f)) for f in (Floats.div, Floats.minimum, Floats.clamp, Floats.sqrt))
     addcmul = staticmethod(_each(Floats.addcmul))
 
-    def rows(self, x):
-        return like(x, self.weight).reshape(-1, self.count).unbind()
-
     def inner(self, x, y, free=False):
-        for a, b, out in zip(x, y, self.sums):
-            self._sum(a, b, out)
-        return Several(self.found.ravel().tolist())
+        return Several(self._sums(x, y).ravel().tolist())
 
     def _held(self, weight, value=1.0):
         self.cell[:] = [value * one for one in weight]
@@ -216,7 +223,7 @@ class Few(Floats):
         return Several(value.ravel().tolist())
 
 
-class Arrays(Floats):
+class Arrays(_Batch):
     """Numbers of a batch on the CPU."""
 
     addcdiv = staticmethod(lambda a, b, c, value=1.0: a + value * np.divide(b, c))
@@ -226,13 +233,8 @@ class Arrays(Floats):
     def quiet(self):
         return np.errstate(all="ignore")
 
-    def rows(self, x):
-        return like(x, self.weight).reshape(-1, self.count).unbind() if self.count else ()
-
     def inner(self, x, y, free=False):
-        for a, b, out in zip(x, y, self.sums):
-            self._sum(a, b, out)
-        return self.found.astype(np.float64)
+        return self._sums(x, y).astype(np.float64)
 
     def _held(self, weight, value=1.0):
         self.cell[:] = np.ravel(value * weight)
