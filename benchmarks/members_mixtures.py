@@ -35,27 +35,12 @@ from tests.problems import Mixture
 
 from . import quality, random_mixtures
 from .members import MEMBERS
+from .random_mixtures import Told
 from .variables import WORSE
 
 STEPS, GUIDANCE = (5, 6, 8, 10, 15, 20, 30, 50), (1.0, 4.0, 7.5)
 SETTINGS = dataclasses.replace(quality.QUICK, count=768, reference=4, fine_steps=150, heavy_resamples=100)
 FAR = 5.0
-
-
-class Told:
-    """A guided mixture that tells what guidance adds: `excess()` is D - D_label of the newest call."""
-
-    def __init__(self, model: Mixture):
-        self.model, self.process, self._excess = model, model.process, None
-        self.conditional = dataclasses.replace(model, guidance=1.0)
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
-        out = self.model(x, sigma)
-        self._excess = out - self.conditional(x, sigma)
-        return out
-
-    def excess(self) -> torch.Tensor:
-        return self._excess
 
 
 @dataclasses.dataclass(frozen=True)

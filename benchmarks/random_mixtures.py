@@ -1,17 +1,19 @@
 """The noise-free default against ComfyUI's formulas on mixtures that nobody chose: drawn at random, as many as wanted.
 
-    python -m benchmarks.random_mixtures [--count 16] [--seed 1] [--guided DIM] [--out DIR]
+    python -m benchmarks.random_mixtures [--count 16] [--seed 1] [--guided DIM] [--told] [--out DIR]
 
 Dimension, number of parts, their places and widths, the guidance and the parts it points to are drawn; each mixture runs in
 both processes, with 5 to 50 steps.  The figure of a cell is the mean over `POINTS` starting points of the RMS error to the
 exact probability flow, over that of ComfyUI's formulas; its 95 % interval is by bootstrap over the starting points, the
 same in both.  A mixture is a line of JSON in DIR, and a run takes up where the last one stopped.  With --guided only those
-with guidance and of dimension DIM are taken, the next ones from the seed on.  The table of another seed or of --guided has a
-file of its own.
+with guidance and of dimension DIM are taken, the next ones from the seed on.  With --told the default is told what guidance
+adds to the conditional D, as the hosts tell it, on the mixtures that have guidance.  The table of another seed, of --guided
+and of --told has a file of its own.
 """
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -29,6 +31,22 @@ from . import quality
 POINTS, EXACT_STEPS = 96, 800
 STEPS = (5, 6, 8, 10, 15, 20, 30, 50)
 SCHEDULES = {"ve": ("karras", "exponential"), "flow": ("shift 3",)}
+
+
+class Told:
+    """A guided mixture that tells what guidance adds: `excess()` is D - D_label of the newest call."""
+
+    def __init__(self, model: Mixture):
+        self.model, self.process, self._excess = model, model.process, None
+        self.conditional = dataclasses.replace(model, guidance=1.0)
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **_) -> torch.Tensor:
+        out = self.model(x, sigma)
+        self._excess = out - self.conditional(x, sigma)
+        return out
+
+    def excess(self) -> torch.Tensor:
+        return self._excess
 
 
 def drawn(seed: int) -> Dict[str, object]:
@@ -58,11 +76,12 @@ def chosen(seed: int, guided: Optional[int]) -> bool:
     return parts["guidance"] is not None and parts["means"].shape[1] == guided
 
 
-def measure(seed: int) -> List[dict]:
-    """All cells of the mixture `seed`."""
+def measure(seed: int, told: bool = False) -> List[dict]:
+    """All cells of the mixture `seed`; told, if it has guidance, what that adds."""
     rows = []
     for process, schedules in SCHEDULES.items():
         model, source = mixture(seed, process)
+        asked = Told(model) if told else model
         for name in schedules:
             start = source.start(POINTS, quality.schedule(name, 2, 2)[0].item(), torch.Generator().manual_seed(seed))
             exact: Dict[int, torch.Tensor] = {}
@@ -73,7 +92,8 @@ def measure(seed: int) -> List[dict]:
                     exact[key] = flow_exact(model, start, sigmas, EXACT_STEPS)
                 error = {}
                 for method in ("exact", "comfyui"):
-                    out = ersde.sample_er_sde(model, start, sigmas, eta=0.0, disable=True, process=process, method=method)
+                    out = ersde.sample_preset(asked, start, sigmas, ersde.Preset(method, eta=0.0, method=method), disable=True,
+                                              process=process, excess=getattr(asked, "excess", None))
                     error[method] = (out - exact[key]).square().mean(1).sqrt().numpy()
                 again = np.random.default_rng(0).integers(POINTS, size=(1000, POINTS))
                 low, high = np.quantile(error["exact"][again].mean(1) / error["comfyui"][again].mean(1), (0.025, 0.975))
@@ -84,10 +104,10 @@ def measure(seed: int) -> List[dict]:
     return rows
 
 
-def table(rows: List[dict], mixtures: int) -> str:
+def table(rows: List[dict], mixtures: int, told: bool = False) -> str:
     """Shares by number of steps, and the worst cells."""
     lines = [f"{mixtures} random mixtures, {len(rows)} cells, {POINTS} starting points each, torch {torch.__version__}: "
-             "error of the noise-free default over that of ComfyUI's formulas.", "",
+             f"error of the noise-free default{', told what guidance adds,' * told} over that of ComfyUI's formulas.", "",
              "| steps | geometric mean | 5 % worse at most | worse by more with the whole interval | largest |",
              "|---|---|---|---|---|"]
     for steps in (*STEPS, None):
@@ -110,26 +130,33 @@ def main(argv=None) -> None:
     parser.add_argument("--count", type=int, default=16, help="mixtures")
     parser.add_argument("--seed", type=int, default=1, help="of the first one; the others follow")
     parser.add_argument("--guided", type=int, choices=(2, 4, 16, 48), help="only mixtures with guidance, of this dimension")
+    parser.add_argument("--told", action="store_true", help="tell the default what guidance adds; mixtures with guidance")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
+    seeds = list(itertools.islice((s for s in itertools.count(args.seed) if chosen(s, args.guided)), args.count))
+    if args.told:
+        seeds = [seed for seed in seeds if drawn(seed)["guidance"] is not None]
+        if not seeds:
+            parser.error("--told: none of these mixtures has guidance")
     torch.set_num_threads(1)
     path = args.out / "random_mixtures.jsonl"
     own = quality._code(Path(__file__).read_text(encoding="utf-8"))
     stamp = quality._digest(quality._own_source(), own, torch.__version__)
     done, rows = quality.load(path, "key"), []
     with quality.appending(path) as file:
-        seeds = itertools.islice((s for s in itertools.count(args.seed) if chosen(s, args.guided)), args.count)
-        for seed in tqdm(seeds, total=args.count, unit="mixture"):
-            key = f"{seed} / {stamp}"
+        for seed in tqdm(seeds, unit="mixture"):
+            key = f"{seed} / {stamp}" + " / told" * args.told
             if key not in done:
-                done[key] = {"key": key, "cells": measure(seed)}
+                done[key] = {"key": key, "cells": measure(seed, args.told)}
                 file.write(json.dumps(done[key]) + "\n")
                 file.flush()
             rows += done[key]["cells"]
-    text = table(rows, args.count)
+    text = table(rows, len(seeds), args.told)
     options = "".join(f" --{key} {value}" for key, value, usual in (("count", args.count, 16), ("seed", args.seed, 1),
                                                                     ("guided", args.guided, None)) if value != usual)
+    options += " --told" * args.told
     other = f"_guided_{args.guided}" if args.guided else f"_{args.seed}" if args.seed != 1 else ""
+    other += "_told" * args.told
     (args.out / f"random_mixtures{other}.md").write_text(f"    python -m benchmarks.random_mixtures{options}\n\n{text}",
                                                          encoding="utf-8")
     print(text)

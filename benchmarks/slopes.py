@@ -33,7 +33,7 @@ from ersde.demo.mixture import SIGMA_MAX
 from ersde.demo.network import CLASSES, SIZE
 
 from . import quality
-from .members_mixtures import Told
+from .random_mixtures import Told
 from .network import SCHEDULES, Network
 
 Tensor = torch.Tensor

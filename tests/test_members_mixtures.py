@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import members_mixtures, quality, random_mixtures
 from benchmarks.members import MEMBERS
-from benchmarks.members_mixtures import GUIDANCE, SETTINGS, STEPS, Told, cells, main, table
+from benchmarks.members_mixtures import GUIDANCE, SETTINGS, STEPS, cells, main, table
+from benchmarks.random_mixtures import Told
 
 SMALL = dataclasses.replace(SETTINGS, count=64, reference=2, fine_steps=20)
 

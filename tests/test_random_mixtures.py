@@ -1,6 +1,7 @@
 """The benchmark on random mixtures: the same mixture for a seed, cells of both processes, a run that goes on."""
 import json
 
+import pytest
 import torch
 
 from benchmarks import random_mixtures
@@ -54,10 +55,36 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     file.write_text(file.read_text() + '{"key": "cut')
     asked = []
     measure = random_mixtures.measure
-    monkeypatch.setattr(random_mixtures, "measure", lambda seed: asked.append(seed) or measure(seed))
+    monkeypatch.setattr(random_mixtures, "measure", lambda seed, told: asked.append(seed) or measure(seed, told))
     main(["--count", "2", "--out", str(tmp_path)])
     assert asked == [2]
     assert first != capsys.readouterr().out
     good = [json.loads(line) for line in file.read_text().splitlines() if "cut" not in line]
     assert [len(row["cells"]) for row in good] == [6, 6]
     assert "2 random mixtures, 12 cells" in (tmp_path / "random_mixtures.md").read_text()
+
+
+def test_told_the_default_knows_what_guidance_adds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(random_mixtures, "POINTS", 4)
+    monkeypatch.setattr(random_mixtures, "EXACT_STEPS", 40)
+    monkeypatch.setattr(random_mixtures, "STEPS", (6,))
+    assert [drawn(seed)["guidance"] is None for seed in (3, 4)] == [True, False]
+    asked = ["--count", "2", "--seed", "3", "--out", str(tmp_path)]
+    for more in ([], ["--told"]):
+        main([*asked, *more])
+    capsys.readouterr()
+    first, plain, told = (json.loads(line)["cells"] for line in (tmp_path / "random_mixtures.jsonl").read_text().splitlines())
+    assert {cell["guidance"] for cell in first} == {1.0} and all(cell["guidance"] > 1 for cell in told)
+    assert len(told) == len(plain) == 3
+    for one, other in zip(plain, told):         # the same peer, another default
+        assert one["comfyui"] == other["comfyui"] and one["ratio"] != other["ratio"]
+    text = (tmp_path / "random_mixtures_3_told.md").read_text()
+    assert text.startswith("    python -m benchmarks.random_mixtures --count 2 --seed 3 --told\n")
+    assert "1 random mixtures, 3 cells" in text and "told what guidance adds" in text
+    assert "told" not in (tmp_path / "random_mixtures_3.md").read_text()
+
+
+def test_told_of_nothing_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["--count", "1", "--seed", "3", "--told"])
+    assert "--told: none of these mixtures has guidance" in capsys.readouterr().err
