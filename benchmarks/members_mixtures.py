@@ -1,12 +1,13 @@
 """Every member with noise on mixtures: the default against ComfyUI's formulas, at equal model calls.
 
     python -m benchmarks.members_mixtures [--steps N ...] [--guidance W ...] [--count N] [--out DIR]
-    python -m benchmarks.members_mixtures --random N [--seed S] ...        on mixtures that nobody chose
+    python -m benchmarks.members_mixtures --random N [--seed S] [--spectra] ...        on mixtures that nobody chose
     python -m benchmarks.members_mixtures --told ...                       told what guidance adds
 
 The problems, schedules and exact laws are those of benchmarks/quality.py, which has ComfyUI's formulas of `sde_5` alone;
 here every noise scale meets its own, from the same starts and with the same noise.  With --random the problems are the N
-mixtures of benchmarks/random_mixtures.py from the seed S on, on its schedules, under the guidance that they were drawn with.
+mixtures of benchmarks/random_mixtures.py from the seed S on, with --spectra those of its --spectra, on its schedules, under
+the guidance that they were drawn with.
 The figure is the squared Frechet distance to the member's law less that of exact samples of the same N (the excess), no less
 than twice the floor's standard deviation: two cells below it count as equal.  A cell is worse where the excess is more than
 5 % above ComfyUI's with the whole 95 % interval, a centred bootstrap over the starting points, the same in both.  `far` are
@@ -14,7 +15,8 @@ the pictures that end further from every component of the data than five deviati
 default is told what guidance adds to the conditional D, as the hosts tell it, in all cells that have guidance.
 
 A cell is a line of JSON in DIR, and a run takes up where the last one stopped.  DIR gets members_mixtures.md, that of
---random members_mixtures_random.md, with a seed other than 1 in its name, those of --told with names that end in _told.
+--random members_mixtures_random.md, or members_mixtures_spectra.md, with a seed other than 1 in its name, those of --told
+with names that end in _told.
 """
 from __future__ import annotations
 
@@ -93,12 +95,13 @@ def cells(steps: Sequence[int] = STEPS, guidance: Sequence[float] = GUIDANCE, se
 
 
 def random_cells(count: int, seed: int = 1, steps: Sequence[int] = STEPS,
-                 settings: quality.Settings = SETTINGS, told: bool = False) -> List[Cell]:
+                 settings: quality.Settings = SETTINGS, told: bool = False, spectra: bool = False) -> List[Cell]:
     """Those of `count` random mixtures, whose name has their seed and dimension."""
-    problems = [quality.Problem(f"mixture {one} of dimension {mixture[0].dim}", mixture[0].guidance, process, kind, settings,
+    what = "spectra" if spectra else "mixture"
+    problems = [quality.Problem(f"{what} {one} of dimension {mixture[0].dim}", mixture[0].guidance, process, kind, settings,
                                 mixture)
                 for one in range(seed, seed + count) for process, kinds in random_mixtures.SCHEDULES.items()
-                for mixture in [random_mixtures.mixture(one, process)] for kind in kinds]
+                for mixture in [random_mixtures.mixture(one, process, spectra)] for kind in kinds]
     return _of(problems, steps, told)
 
 
@@ -173,6 +176,7 @@ def main(argv=None) -> None:
                         help="guidance scales; 1 is none (default: all)")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="on so many random mixtures")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="the first of these")
+    parser.add_argument("--spectra", action="store_true", help="of --random: parts with a deviation for each direction")
     parser.add_argument("--told", action="store_true", help="tell the default what guidance adds; cells with guidance")
     parser.add_argument("--count", type=int, default=SETTINGS.count, help="starting points of a cell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
@@ -181,19 +185,22 @@ def main(argv=None) -> None:
         parser.error("--random: a count of mixtures, which have a guidance of their own; not with --guidance")
     if args.seed != 1 and not args.random:
         parser.error("--seed: of the mixtures of --random")
+    if args.spectra and not args.random:
+        parser.error("--spectra: of the mixtures of --random")
     if args.told and 1.0 in (args.guidance or ()):
         parser.error("--told: guidance 1 adds nothing")
     torch.set_num_threads(1)
     settings, name = dataclasses.replace(SETTINGS, count=args.count), "members_mixtures"
     if args.random:
-        plan = random_cells(args.random, args.seed, args.steps, settings, args.told)
-        name += "_random" + (f"_{args.seed}" if args.seed != 1 else "")
+        plan = random_cells(args.random, args.seed, args.steps, settings, args.told, args.spectra)
+        name += ("_spectra" if args.spectra else "_random") + (f"_{args.seed}" if args.seed != 1 else "")
     else:
         plan = cells(args.steps, args.guidance or GUIDANCE, settings, args.told)
     if not plan:
         parser.error("--told: none of these mixtures has guidance")
     name += "_told" * args.told
-    command = quality.command_of("members_mixtures", parser, args, "random", "seed", "steps", "guidance", "told", "count")
+    command = quality.command_of("members_mixtures", parser, args, "random", "seed", "spectra", "steps", "guidance", "told",
+                                 "count")
     text = table(run(plan, args.out / "members_mixtures.jsonl"), command)
     (args.out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)

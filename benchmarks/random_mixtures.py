@@ -1,14 +1,16 @@
 """The noise-free default against ComfyUI's formulas on mixtures that nobody chose: drawn at random, as many as wanted.
 
     python -m benchmarks.random_mixtures [--count 16] [--seed 1] [--guided DIM] [--told] [--out DIR]
+    python -m benchmarks.random_mixtures --spectra ...     of parts whose deviations fall by a power, as pictures' do
 
 Dimension, number of parts, their places and widths, the guidance and the parts it points to are drawn; each mixture runs in
 both processes, with 5 to 50 steps.  The figure of a cell is the mean over `POINTS` starting points of the RMS error to the
 exact probability flow, over that of ComfyUI's formulas; its 95 % interval is by bootstrap over the starting points, the
 same in both.  A mixture is a line of JSON in DIR, and a run takes up where the last one stopped.  With --guided only those
 with guidance and of dimension DIM are taken, the next ones from the seed on.  With --told the default is told what guidance
-adds to the conditional D, as the hosts tell it, on the mixtures that have guidance.  The table of another seed, of --guided
-and of --told has a file of its own.
+adds to the conditional D, as the hosts tell it, on the mixtures that have guidance.  With --spectra a part has a deviation
+for each direction, which fall by a power from first to last, in a basis of its own or of all parts.  The table of another
+seed, of --guided, of --told and of --spectra has a file of its own.
 """
 from __future__ import annotations
 
@@ -29,6 +31,7 @@ from tests.problems import Mixture, flow_exact
 from . import quality
 
 POINTS, EXACT_STEPS = 96, 800
+SPECTRA_STEPS = 200         # of the exact flow of --spectra, whose D takes longer: by RK4 they are good to 1e-7
 STEPS = (5, 6, 8, 10, 15, 20, 30, 50)
 SCHEDULES = {"ve": ("karras", "exponential"), "flow": ("shift 3",)}
 
@@ -49,9 +52,41 @@ class Told:
         return self._excess
 
 
-def drawn(seed: int) -> Dict[str, object]:
+@dataclasses.dataclass
+class Spectral(Mixture):
+    """A Gaussian mixture whose parts have a deviation for each direction.
+
+    Args:
+        std: shape (components, dim).
+        basis: the directions, orthonormal columns of shape (components, dim, dim).
+    """
+
+    basis: Optional[torch.Tensor] = None
+
+    def _denoise(self, x, alpha, sigma, keep=None):
+        keep = slice(None) if keep is None else keep
+        means, std, basis, weights = (v.to(x)[keep] for v in (self.means, self.std, self.basis, self.weights))
+        alpha, sigma = alpha[:, None], sigma[:, None]                       # (batch, 1, 1)
+        along = torch.einsum("bkd,kde->bke", x[:, None] - alpha * means, basis)
+        var = (alpha * std) ** 2 + sigma ** 2                               # (batch, components, dim)
+        part = (weights.log() - 0.5 * (along ** 2 / var + var.log()).sum(2)).softmax(1)
+        centres = means + torch.einsum("bke,kde->bkd", along * alpha * std ** 2 / var, basis)
+        return (part[..., None] * centres).sum(1)
+
+    def data(self, count, generator=None):
+        pick = torch.multinomial(self.weights.double(), count, replacement=True, generator=generator)
+        noise = self.std.double()[pick] * torch.randn(count, self.dim, generator=generator, dtype=torch.float64)
+        out = self.means.double()[pick]
+        for part, basis in enumerate(self.basis.double()):
+            out[pick == part] += noise[pick == part] @ basis.T
+        return out
+
+
+def drawn(seed: int, spectra: bool = False) -> Dict[str, object]:
     """One mixture: its parts and its guidance."""
     rng = np.random.default_rng(seed)
+    if spectra:
+        return _drawn_spectra(rng)
     dim, parts = int(rng.choice([2, 4, 16, 48])), int(rng.integers(2, 16))
     guidance = None if rng.random() < 0.4 else float(rng.choice([2.0, 4.0, 7.5]))
     means = torch.tensor(rng.normal(size=(parts, dim)) * rng.choice([0.5, 1.0, 1.5]))
@@ -60,12 +95,27 @@ def drawn(seed: int) -> Dict[str, object]:
     return {"means": means, "std": std, "guidance": guidance, "label": label}
 
 
-def mixture(seed: int, process: str) -> Tuple[Mixture, Mixture]:
+def _drawn_spectra(rng: np.random.Generator) -> Dict[str, object]:
+    """Of `Spectral`: the deviation along direction j is that of the first, over j to a power."""
+    dim, parts, power = int(rng.choice([8, 32, 48])), int(rng.integers(1, 9)), rng.choice([0.5, 1.0, 1.5])
+    guidance = None if rng.random() < 0.4 or parts == 1 else float(rng.choice([2.0, 4.0, 7.5]))
+    means = torch.tensor(rng.normal(size=(parts, dim)) * rng.choice([0.3, 0.7, 1.0]))
+    first = np.exp(rng.uniform(np.log(0.3), np.log(1.3), size=(parts, 1)))
+    std = torch.tensor(np.maximum(first * np.arange(1, dim + 1) ** -power, 0.003))
+    bases = [torch.linalg.qr(torch.tensor(rng.normal(size=(dim, dim))))[0] for _ in range(parts)]
+    shared = rng.random() < 0.5
+    label = None if guidance is None else torch.arange(parts) < max(1, parts // 3)
+    return {"means": means, "std": std, "basis": torch.stack(bases[:1] * parts if shared else bases), "guidance": guidance,
+            "label": label}
+
+
+def mixture(seed: int, process: str, spectra: bool = False) -> Tuple[Mixture, Mixture]:
     """The denoiser of the mixture `seed`, and the mixture that its data comes from."""
-    parts = drawn(seed)
-    model = Mixture(process=process, **parts)
-    label = slice(None) if model.label is None else model.label
-    return model, Mixture(model.means[label], model.std[label], process=process)
+    parts = drawn(seed, spectra)
+    kind, label = Spectral if spectra else Mixture, parts["label"]
+    source = {name: value if label is None else value[label] for name, value in parts.items()
+              if name not in ("guidance", "label")}
+    return kind(process=process, **parts), kind(process=process, **source)
 
 
 def chosen(seed: int, guided: Optional[int]) -> bool:
@@ -76,11 +126,11 @@ def chosen(seed: int, guided: Optional[int]) -> bool:
     return parts["guidance"] is not None and parts["means"].shape[1] == guided
 
 
-def measure(seed: int, told: bool = False) -> List[dict]:
+def measure(seed: int, told: bool = False, spectra: bool = False) -> List[dict]:
     """All cells of the mixture `seed`; told, if it has guidance, what that adds."""
     rows = []
     for process, schedules in SCHEDULES.items():
-        model, source = mixture(seed, process)
+        model, source = mixture(seed, process, spectra)
         asked = Told(model) if told else model
         for name in schedules:
             start = source.start(POINTS, quality.schedule(name, 2, 2)[0].item(), torch.Generator().manual_seed(seed))
@@ -89,7 +139,7 @@ def measure(seed: int, told: bool = False) -> List[dict]:
                 sigmas = quality.schedule(name, steps, steps)
                 key = steps if process == "flow" else 0         # of ve all runs end at the same sigma
                 if key not in exact:
-                    exact[key] = flow_exact(model, start, sigmas, EXACT_STEPS)
+                    exact[key] = flow_exact(model, start, sigmas, SPECTRA_STEPS if spectra else EXACT_STEPS)
                 error = {}
                 for method in ("exact", "comfyui"):
                     out = ersde.sample_preset(asked, start, sigmas, ersde.Preset(method, eta=0.0, method=method), disable=True,
@@ -104,10 +154,10 @@ def measure(seed: int, told: bool = False) -> List[dict]:
     return rows
 
 
-def table(rows: List[dict], mixtures: int, told: bool = False) -> str:
+def table(rows: List[dict], mixtures: int, told: bool = False, spectra: bool = False) -> str:
     """Shares by number of steps, and the worst cells."""
-    lines = [f"{mixtures} random mixtures, {len(rows)} cells, {POINTS} starting points each, torch {torch.__version__}: "
-             f"error of the noise-free default{', told what guidance adds,' * told} over that of ComfyUI's formulas.", "",
+    lines = [f"{mixtures} random mixtures{' of parts with spectra' * spectra}, {len(rows)} cells, {POINTS} starting points "
+             f"each, torch {torch.__version__}: error of the noise-free default{', told what guidance adds,' * told} over that of ComfyUI's formulas.", "",
              "| steps | geometric mean | 5 % worse at most | worse by more with the whole interval | largest |",
              "|---|---|---|---|---|"]
     for steps in (*STEPS, None):
@@ -131,11 +181,14 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the first one; the others follow")
     parser.add_argument("--guided", type=int, choices=(2, 4, 16, 48), help="only mixtures with guidance, of this dimension")
     parser.add_argument("--told", action="store_true", help="tell the default what guidance adds; mixtures with guidance")
+    parser.add_argument("--spectra", action="store_true", help="mixtures whose parts have a deviation for each direction")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
+    if args.spectra and args.guided:
+        parser.error("--spectra: mixtures of dimensions of their own; not with --guided")
     seeds = list(itertools.islice((s for s in itertools.count(args.seed) if chosen(s, args.guided)), args.count))
     if args.told:
-        seeds = [seed for seed in seeds if drawn(seed)["guidance"] is not None]
+        seeds = [seed for seed in seeds if drawn(seed, args.spectra)["guidance"] is not None]
         if not seeds:
             parser.error("--told: none of these mixtures has guidance")
     torch.set_num_threads(1)
@@ -145,20 +198,17 @@ def main(argv=None) -> None:
     done, rows = quality.load(path, "key"), []
     with quality.appending(path) as file:
         for seed in tqdm(seeds, unit="mixture"):
-            key = f"{seed} / {stamp}" + " / told" * args.told
+            key = f"{seed} / {stamp}" + " / told" * args.told + " / spectra" * args.spectra
             if key not in done:
-                done[key] = {"key": key, "cells": measure(seed, args.told)}
+                done[key] = {"key": key, "cells": measure(seed, args.told, args.spectra)}
                 file.write(json.dumps(done[key]) + "\n")
                 file.flush()
             rows += done[key]["cells"]
-    text = table(rows, len(seeds), args.told)
-    options = "".join(f" --{key} {value}" for key, value, usual in (("count", args.count, 16), ("seed", args.seed, 1),
-                                                                    ("guided", args.guided, None)) if value != usual)
-    options += " --told" * args.told
+    text = table(rows, len(seeds), args.told, args.spectra)
+    command = quality.command_of("random_mixtures", parser, args, "count", "seed", "guided", "told", "spectra")
     other = f"_guided_{args.guided}" if args.guided else f"_{args.seed}" if args.seed != 1 else ""
-    other += "_told" * args.told
-    (args.out / f"random_mixtures{other}.md").write_text(f"    python -m benchmarks.random_mixtures{options}\n\n{text}",
-                                                         encoding="utf-8")
+    other = "_spectra" * args.spectra + other + "_told" * args.told
+    (args.out / f"random_mixtures{other}.md").write_text(f"    {command}\n\n{text}", encoding="utf-8")
     print(text)
 
 

@@ -134,9 +134,14 @@ def test_random_mixtures_meet_their_own_law(tmp_path, capsys, monkeypatch):
     main(["--random", "2", "--seed", "3", "--told", "--steps", "5", "--out", str(tmp_path)])       # the second one alone
     text = (tmp_path / "members_mixtures_random_3_told.md").read_text()
     assert "--random 2 --seed 3 --steps 5 --told\n" in text and "| all | 3 |" in text and "| guidance 7.5 | 3 |" in text
+    main(["--random", "1", "--seed", "3", "--spectra", "--steps", "5", "--out", str(tmp_path)])
+    text = (tmp_path / "members_mixtures_spectra_3.md").read_text()
+    assert "--random 1 --seed 3 --spectra --steps 5\n" in text and "| all | 3 |" in text
+    rows = [json.loads(line) for line in (tmp_path / "members_mixtures.jsonl").read_text().splitlines()]
+    assert rows[-1]["problem"].startswith("spectra 3 of dimension ") and rows[-1]["ours"] != rows[0]["ours"]
 
 
-@pytest.mark.parametrize("options", (["--seed", "2"], ["--random", "-1"], ["--random", "1", "--guidance", "4"],
+@pytest.mark.parametrize("options", (["--seed", "2"], ["--spectra"], ["--random", "-1"], ["--random", "1", "--guidance", "4"],
                                      ["--told", "--guidance", "1"], ["--told", "--random", "1", "--seed", "3"]))
 def test_options_that_do_not_go_together(options, capsys):
     with pytest.raises(SystemExit):
