@@ -81,10 +81,8 @@ def cells(process: str, schedule: str, guidance: float, calls: int, count: int, 
         fine = quality.schedule(schedule, FINE, calls)
     exact = ersde.sample_er_sde(model, x, fine, eta=0.0, order=2, corrector=False, process=process, disable=True)
     found = {}
-    for method in quality.methods():
-        steps = method.steps(calls)
-        if method.noisy or not steps or (process == "flow" and not method.flow) or \
-                (method.name != BASE and not re.search(chosen, method.name)):
+    for method, steps in quality.noise_free(process, calls):
+        if method.name != BASE and not re.search(chosen, method.name):
             continue
         model.calls = 0
         out = method.run(model, x.clone(), quality.schedule(schedule, steps, calls), None, lambda preset: (np.inf, 0.0))

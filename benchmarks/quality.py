@@ -31,7 +31,7 @@ import re
 import statistics
 import textwrap
 from pathlib import Path
-from typing import IO, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import IO, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -245,6 +245,14 @@ def methods() -> Tuple[Method, ...]:
         except ImportError as error:
             print(f"{family} is left out: {error}")
     return tuple(rows)
+
+
+def noise_free(process: str, calls: int) -> Iterator[Tuple[Method, int]]:
+    """The rows without noise that make `calls` model calls in a process, each with its steps."""
+    for method in methods():
+        steps = method.steps(calls)
+        if not method.noisy and steps and (method.flow or process != "flow"):
+            yield method, steps
 
 
 # ------------------------------------------------------------------------------------------------------------- problems

@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -126,38 +126,64 @@ def chosen(seed: int, guided: Optional[int]) -> bool:
     return parts["guidance"] is not None and parts["means"].shape[1] == guided
 
 
-def measure(seed: int, told: bool = False, spectra: bool = False) -> List[dict]:
-    """All cells of the mixture `seed`; told, if it has guidance, what that adds."""
-    rows = []
+class Case(NamedTuple):
+    """A mixture on a schedule of so many model calls: what is asked, from where, and the exact results."""
+
+    process: str
+    schedule: str
+    calls: int
+    model: Mixture
+    start: torch.Tensor
+    exact: torch.Tensor
+
+    @property
+    def row(self) -> Dict[str, object]:
+        """What a line of JSON says of it."""
+        return {"process": self.process, "schedule": self.schedule, "steps": self.calls, "dim": self.model.dim,
+                "guidance": self.model.guidance or 1.0, "parts": len(self.model.means)}
+
+    def error(self, out: torch.Tensor) -> np.ndarray:
+        """The RMS error of each result."""
+        return (out - self.exact).square().mean(1).sqrt().numpy()
+
+
+def cases(seed: int, spectra: bool, calls: Sequence[int]) -> Iterator[Case]:
+    """Those of the mixture `seed`."""
     for process, schedules in SCHEDULES.items():
         model, source = mixture(seed, process, spectra)
-        asked = Told(model) if told else model
         for name in schedules:
             start = source.start(POINTS, quality.schedule(name, 2, 2)[0].item(), torch.Generator().manual_seed(seed))
             exact: Dict[int, torch.Tensor] = {}
-            for steps in STEPS:
-                sigmas = quality.schedule(name, steps, steps)
-                key = steps if process == "flow" else 0         # of ve all runs end at the same sigma
+            for n in calls:
+                key = n if process == "flow" else 0         # of ve all runs end at the same sigma
                 if key not in exact:
-                    exact[key] = flow_exact(model, start, sigmas, SPECTRA_STEPS if spectra else EXACT_STEPS)
-                error = {}
-                for method in ("exact", "comfyui"):
-                    out = ersde.sample_preset(asked, start, sigmas, ersde.Preset(method, eta=0.0, method=method), disable=True,
-                                              process=process, excess=getattr(asked, "excess", None))
-                    error[method] = (out - exact[key]).square().mean(1).sqrt().numpy()
-                again = np.random.default_rng(0).integers(POINTS, size=(1000, POINTS))
-                low, high = np.quantile(error["exact"][again].mean(1) / error["comfyui"][again].mean(1), (0.025, 0.975))
-                rows.append({"process": process, "schedule": name, "steps": steps, "guidance": model.guidance or 1.0,
-                             "dim": model.dim, "parts": len(model.means), "comfyui": float(error["comfyui"].mean()),
-                             "ratio": float(error["exact"].mean() / error["comfyui"].mean()), "low": float(low),
-                             "high": float(high)})
+                    exact[key] = flow_exact(model, start, quality.schedule(name, n, n),
+                                            SPECTRA_STEPS if spectra else EXACT_STEPS)
+                yield Case(process, name, n, model, start, exact[key])
+
+
+def measure(seed: int, told: bool = False, spectra: bool = False) -> List[dict]:
+    """All cells of the mixture `seed`; told, if it has guidance, what that adds."""
+    rows = []
+    for case in cases(seed, spectra, STEPS):
+        asked = Told(case.model) if told else case.model
+        sigmas, error = quality.schedule(case.schedule, case.calls, case.calls), {}
+        for method in ("exact", "comfyui"):
+            error[method] = case.error(ersde.sample_preset(
+                asked, case.start, sigmas, ersde.Preset(method, eta=0.0, method=method), disable=True, process=case.process,
+                excess=getattr(asked, "excess", None)))
+        again = np.random.default_rng(0).integers(POINTS, size=(1000, POINTS))
+        low, high = np.quantile(error["exact"][again].mean(1) / error["comfyui"][again].mean(1), (0.025, 0.975))
+        rows.append({**case.row, "comfyui": float(error["comfyui"].mean()), "low": float(low), "high": float(high),
+                     "ratio": float(error["exact"].mean() / error["comfyui"].mean())})
     return rows
 
 
 def table(rows: List[dict], mixtures: int, told: bool = False, spectra: bool = False) -> str:
     """Shares by number of steps, and the worst cells."""
     lines = [f"{mixtures} random mixtures{' of parts with spectra' * spectra}, {len(rows)} cells, {POINTS} starting points "
-             f"each, torch {torch.__version__}: error of the noise-free default{', told what guidance adds,' * told} over that of ComfyUI's formulas.", "",
+             f"each, torch {torch.__version__}: error of the noise-free default{', told what guidance adds,' * told} over "
+             "that of ComfyUI's formulas.", "",
              "| steps | geometric mean | 5 % worse at most | worse by more with the whole interval | largest |",
              "|---|---|---|---|---|"]
     for steps in (*STEPS, None):
