@@ -61,7 +61,7 @@ def table(rows: List[dict], mixtures: int, spectra: bool = False, told: bool = F
         at = [i for i, row in enumerate(rows) if calls in (None, row["steps"])]
         part = np.array(over)[at]
         base = [rows[i]["errors"][OURS] / rows[i]["errors"][COMFYUI] for i in at]
-        lines.append(f"| {calls or 'all'} | {len(at)} | {np.mean(part <= WORSE):.0%} | {mean(part)} | {part.max():.2f} | "
+        lines.append(f"| {calls or 'all'} | {len(at)} | {np.mean(part <= WORSE):.1%} | {mean(part)} | {part.max():.2f} | "
                      f"{mean(base)} |")
     lines += ["", "Each sampler by itself: in how many cells it is the best peer, its error over that of ComfyUI's formulas, "
               "and the default's over its.", "",
@@ -72,7 +72,7 @@ def table(rows: List[dict], mixtures: int, spectra: bool = False, told: bool = F
         ours = np.array([errors[OURS] / errors[name] for errors in held])
         first = sum(best_peer(errors) == name for errors in held)
         lines.append(f"| {name} | {len(held)} | {first} | {mean([e[name] / e[COMFYUI] for e in held])} | {mean(ours)} | "
-                     f"{np.mean(ours <= WORSE):.0%} | {ours.max():.2f} |")
+                     f"{np.mean(ours <= WORSE):.1%} | {ours.max():.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -48,9 +48,9 @@ def test_the_table():
             {**row, "steps": 7, "errors": {"ours ode": 0.1, "ours few_steps": 0.01, "comfyui ode": 0.1, "a": 0.4}}]
     assert [best_peer(one["errors"]) for one in rows] == ["a", "comfyui ode"]
     lines = table(rows, 1).splitlines()
-    assert "| 5 | 1 | 0% | 2.00 | 2.00 | 0.50 |" in lines and "| 7 | 1 | 100% | 1.00 | 1.00 | 1.00 |" in lines
-    assert "| all | 2 | 50% | 1.41 | 2.00 | 0.71 |" in lines
-    assert "| a | 2 | 1 | 1.00 | 0.71 | 50% | 2.00 |" in lines and "best of 2 others" in lines[0]
+    assert "| 5 | 1 | 0.0% | 2.00 | 2.00 | 0.50 |" in lines and "| 7 | 1 | 100.0% | 1.00 | 1.00 | 1.00 |" in lines
+    assert "| all | 2 | 50.0% | 1.41 | 2.00 | 0.71 |" in lines
+    assert "| a | 2 | 1 | 1.00 | 0.71 | 50.0% | 2.00 |" in lines and "best of 2 others" in lines[0]
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
