@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -179,6 +179,24 @@ def measure(seed: int, told: bool = False, spectra: bool = False) -> List[dict]:
     return rows
 
 
+def measured(seeds: Iterable[int], path: Path, how: str, cells_of: Callable[[int], List[dict]]) -> List[dict]:
+    """The cells of these mixtures; those of a mixture that `path` lacks are measured and appended to it as one line.
+
+    Args:
+        how: what the key of a line has beside the seed.
+    """
+    done, rows = quality.load(path, "key"), []
+    with quality.appending(path) as file:
+        for seed in tqdm(seeds, unit="mixture"):
+            key = f"{seed} / {how}"
+            if key not in done:
+                done[key] = {"key": key, "cells": cells_of(seed)}
+                file.write(json.dumps(done[key]) + "\n")
+                file.flush()
+            rows += done[key]["cells"]
+    return rows
+
+
 def table(rows: List[dict], mixtures: int, told: bool = False, spectra: bool = False) -> str:
     """Shares by number of steps, and the worst cells."""
     lines = [f"{mixtures} random mixtures{' of parts with spectra' * spectra}, {len(rows)} cells, {POINTS} starting points "
@@ -218,18 +236,9 @@ def main(argv=None) -> None:
         if not seeds:
             parser.error("--told: none of these mixtures has guidance")
     torch.set_num_threads(1)
-    path = args.out / "random_mixtures.jsonl"
     own = quality._code(Path(__file__).read_text(encoding="utf-8"))
-    stamp = quality._digest(quality._own_source(), own, torch.__version__)
-    done, rows = quality.load(path, "key"), []
-    with quality.appending(path) as file:
-        for seed in tqdm(seeds, unit="mixture"):
-            key = f"{seed} / {stamp}" + " / told" * args.told + " / spectra" * args.spectra
-            if key not in done:
-                done[key] = {"key": key, "cells": measure(seed, args.told, args.spectra)}
-                file.write(json.dumps(done[key]) + "\n")
-                file.flush()
-            rows += done[key]["cells"]
+    how = quality._digest(quality._own_source(), own, torch.__version__) + " / told" * args.told + " / spectra" * args.spectra
+    rows = measured(seeds, args.out / "random_mixtures.jsonl", how, lambda seed: measure(seed, args.told, args.spectra))
     text = table(rows, len(seeds), args.told, args.spectra)
     command = quality.command_of("random_mixtures", parser, args, "count", "seed", "guided", "told", "spectra")
     other = f"_guided_{args.guided}" if args.guided else f"_{args.seed}" if args.seed != 1 else ""

@@ -5,22 +5,21 @@
 The mixtures, schedules, starting points and exact results are those of benchmarks/random_mixtures.py, with --spectra those of
 its --spectra; the samplers are those of benchmarks/quality.py at equal model calls.  The figure of a cell is the mean over
 the starting points of the RMS error to the exact probability flow.  The best peer of a cell is picked after the fact: of so
-many one is the best for that mixture and that number of calls.  With --told the default is told what guidance adds, as the hosts
-tell it, where a mixture has guidance.  A mixture is a line of JSON in DIR, and a run takes up where the last one stopped.
+many one is the best for that mixture and that number of calls.  With --told our presets are told what guidance adds, as the
+hosts tell them, where a mixture has guidance.  A mixture is a line of JSON in DIR, and a run takes up where the last one
+stopped.
 """
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Dict, List, Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import quality, random_mixtures
-from .random_mixtures import Told, cases
+from .random_mixtures import Told, cases, measured
 from .variables import WORSE
 
 CALLS = (5, 7, 9, 11, 15, 21, 31)           # odd, as two calls a step and the last one make
@@ -83,23 +82,15 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the first one; the others follow")
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="model calls of a run")
     parser.add_argument("--spectra", action="store_true", help="mixtures whose parts have a deviation for each direction")
-    parser.add_argument("--told", action="store_true", help="tell the default what guidance adds")
+    parser.add_argument("--told", action="store_true", help="tell our presets what guidance adds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    path = args.out / "random_peers.jsonl"
     own = (quality._code(Path(file).read_text(encoding="utf-8")) for file in (__file__, random_mixtures.__file__))
     stamp = quality._digest(quality._own_source(), quality._measuring_source(), *own, torch.__version__)
     how = f"{args.calls} / {stamp}" + " / spectra" * args.spectra + " / told" * args.told
-    done, rows = quality.load(path, "key"), []
-    with quality.appending(path) as file:
-        for seed in tqdm(range(args.seed, args.seed + args.count), unit="mixture"):
-            key = f"{seed} / {how}"
-            if key not in done:
-                done[key] = {"key": key, "cells": measure(seed, args.calls, args.spectra, args.told)}
-                file.write(json.dumps(done[key]) + "\n")
-                file.flush()
-            rows += done[key]["cells"]
+    rows = measured(range(args.seed, args.seed + args.count), args.out / "random_peers.jsonl", how,
+                    lambda seed: measure(seed, args.calls, args.spectra, args.told))
     command = quality.command_of("random_peers", parser, args, "count", "seed", "calls", "spectra", "told")
     text = f"    {command}\n\n" + table(rows, args.count, args.spectra, args.told)
     name = "random_peers" + "_spectra" * args.spectra + (f"_{args.seed}" if args.seed != 1 else "") + "_told" * args.told

@@ -32,7 +32,7 @@ def test_every_sampler_makes_the_same_number_of_calls():
     assert {calls for _, _, calls in asked} == {7}
 
 
-def test_what_is_told_is_the_default_alone():
+def test_our_presets_alone_are_told():
     plain, told = measure(4, (6,), False, False), measure(4, (6,), False, True)
     assert drawn(4)["guidance"] and len(plain) == len(told) == 3
     for one, other in zip(plain, told):
